@@ -1,0 +1,3 @@
+"""Self-supervised Character-to-Character Distillation on DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Networks: the ViT, its heads, the student and the teacher."""

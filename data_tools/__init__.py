@@ -1,0 +1,1 @@
+"""From LMDBs to webdataset shards, and looking at what is in them."""
