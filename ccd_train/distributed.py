@@ -1,0 +1,167 @@
+"""Ranks and collectives. The only module that reads rank variables; everything works in a single process too."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ccd_train.errors import UserError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU where there are any, else the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(timeout_seconds: float) -> None:
+    """Joins the process group that torchrun, srun or the deepspeed launcher described; alone, makes one of its own.
+
+    Raises UserError where the description is incomplete or its port is taken.
+    """
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if len(missing) == len(RANK_VARIABLES):
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    elif missing:
+        raise UserError(
+            f"environment: {', '.join(missing)} not set although {_first_set()} is; "
+            "start with torchrun (launch/torchrun_pretrain.sh), or unset all of them to run alone"
+        )
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank()} has no GPU: this machine shows {torch.cuda.device_count()}; "
+                "start fewer processes per node or ask for more GPUs"
+            )
+        torch.cuda.set_device(device())
+    try:
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device() if torch.cuda.is_available() else None,
+        )
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if _port_is_taken(error):
+            raise UserError(
+                f"{address}: the port is in use on this machine; set MASTER_PORT (torchrun: --master-port) to a free one"
+            ) from None
+        raise UserError(
+            f"{address}: rank {os.environ['RANK']} cannot reach it ({_first_line(error)}); "
+            "check MASTER_ADDR, MASTER_PORT and the firewall"
+        ) from None
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks came within "
+            f"{timeout_seconds:.0f} s ({_first_line(error)}); look at the log of the missing ones, "
+            "or raise --distributed.timeout"
+        ) from None
+
+
+def finalize() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Adds the tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The maximum over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """y = Σ over ranks of x; every rank's loss depends on every rank's x, so the gradients are added as well."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous().clone())
+
+
+def all_reduce_sum_differentiable(tensor: Tensor) -> Tensor:
+    """The sum over all ranks as a new tensor; its backward adds the gradients over all ranks."""
+    return _AllReduceSum.apply(tensor) if world_size() > 1 else tensor  # type: ignore[no-any-return]
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank (small control data only: it is pickled between our own processes)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(error: str | None) -> None:
+    """Raises the first rank's user error on all ranks, so that none waits for one that has refused."""
+    for number, message in enumerate(gather_objects(error)):
+        if message is not None:
+            raise UserError(message if world_size() == 1 else f"rank {number}: {message}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _first_set() -> str:
+    return next(name for name in RANK_VARIABLES if name in os.environ)
+
+
+def _port_is_taken(error: Exception) -> bool:
+    return "EADDRINUSE" in str(error) or os.strerror(errno.EADDRINUSE).lower() in str(error).lower()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
