@@ -1,0 +1,169 @@
+"""The house keeps its shape: imports point downward, and each secret has one module that knows it.
+
+Read from the source by ast, so that an import inside a function counts as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+PACKAGES = ("ccd_train", "data_tools", "launch")
+RANK_VARIABLES = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+
+BASE = {"errors", "draws", "config", "schedules", "geometry", "charset", "distributed"}
+METHOD = {"augment", "photometric", "regions", "losses", "weights", "models", "data"}
+RUNTIME = {"engine", "ema", "checkpoint", "metrics"}
+LAYERS = ("base", "method", "runtime", "verbs")
+
+
+def modules() -> list[str]:
+    """Every module of the three packages, as dotted names (packages without `.__init__`)."""
+    paths = [path for package in PACKAGES for path in sorted((CHECKOUT / package).rglob("*.py"))]
+    dotted = [".".join(path.relative_to(CHECKOUT).with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__") for name in dotted]
+
+
+def source(module: str) -> Path:
+    path = CHECKOUT / Path(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(source(module).read_text(encoding="utf-8"))
+
+
+def _named(module: str, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    package = module if source(module).name == "__init__.py" else module.rpartition(".")[0]
+    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    origin = ".".join(above + ([node.module] if node.module else []))
+    yield origin
+    yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Everything that the module imports; `from a import b` counts as `a` and as `a.b`."""
+    nodes = [node for node in ast.walk(tree(module)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return frozenset(name for node in nodes for name in _named(module, node))
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this project among the imports; packages stand only for their own __init__."""
+    known = set(modules())
+    exact = imports(module) & known
+    return {name for name in exact if not any(other.startswith(f"{name}.") for other in exact)} - {module}
+
+
+def layer(module: str) -> int:
+    package, _, rest = module.partition(".")
+    first = rest.split(".")[0]
+    if package != "ccd_train" or not first:
+        return 0 if module == "ccd_train" else LAYERS.index("verbs")
+    names = (BASE, METHOD, RUNTIME)
+    return next((index for index, members in enumerate(names) if first in members), LAYERS.index("verbs"))
+
+
+def test_imports_point_downward() -> None:
+    upward = [
+        f"{module} ({LAYERS[layer(module)]}) imports {name} ({LAYERS[layer(name)]})"
+        for module in modules()
+        for name in own_imports(module)
+        if layer(name) > layer(module)
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_imports_have_no_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, "cycle: " + " → ".join((*path, module))
+        if module not in done:
+            for name in sorted(own_imports(module)):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in modules():
+        visit(module, ())
+    assert done == set(modules())
+
+
+def test_the_layers_name_modules_of_one_kind_only() -> None:
+    assert not (BASE & METHOD or BASE & RUNTIME or METHOD & RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("deepspeed", {"ccd_train.engine", "ccd_train.checkpoint", "ccd_train.doctor"}),
+        ("lmdb", {"ccd_train.data.records"}),
+        ("tensorboard", {"ccd_train.metrics"}),
+        ("torch.utils.tensorboard", {"ccd_train.metrics"}),
+        ("pickle", set()),
+        ("multiprocessing.pool", set()),
+    ],
+)
+def test_one_module_knows_the_library(library: str, allowed: set[str]) -> None:
+    users = {m for m in modules() if any(n == library or n.startswith(f"{library}.") for n in imports(m))}
+    assert users <= allowed
+
+
+def test_only_distributed_reads_rank_variables() -> None:
+    users = {
+        module
+        for module in modules()
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant) and node.value in RANK_VARIABLES
+    }
+    assert users <= {"ccd_train.distributed"}
+
+
+def test_data_knows_nothing_of_models() -> None:
+    data = [module for module in modules() if module.startswith("ccd_train.data")]
+    allowed = ("ccd_train.data", "ccd_train.errors", "ccd_train.draws", "ccd_train.config", "ccd_train.charset")
+    assert data
+    for module in data:
+        assert all(name.startswith((*allowed, "ccd_train.distributed")) for name in own_imports(module)), module
+
+
+def test_the_method_knows_nothing_of_files() -> None:
+    method = [m for m in modules() if LAYERS[layer(m)] == "method" and not m.startswith("ccd_train.data")]
+    for module in set(method) - {"ccd_train.weights"}:
+        assert not imports(module) & {"pathlib", "os", "io", "shutil", "json", "yaml"}, module
+        calls = [n.func.id for n in ast.walk(tree(module)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        assert "open" not in calls, module
+
+
+def test_no_drawer_for_everything() -> None:
+    assert not {name.rpartition(".")[2] for name in modules()} & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_nothing_catches_everything() -> None:
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ExceptHandler):
+                caught = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else ["anything"]
+                assert not {"anything", "Exception", "BaseException"} & set(caught), f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("verb", ["convert", "verify", "merge", "index"])
+def test_shards_are_made_without_torch(verb: str) -> None:
+    """A conversion runs on data machines: importing torch would cost seconds per worker, and may not be installed."""
+    if not source(f"data_tools.{verb}").exists():
+        pytest.skip(f"data_tools.{verb} does not exist")
+    program = f"import sys, data_tools.__main__, data_tools.{verb}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT).returncode == 0
