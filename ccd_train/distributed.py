@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ def initialize(timeout_seconds: float) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if _port_is_taken(error):
             raise UserError(
-                f"{address}: the port is in use on this machine; set MASTER_PORT (torchrun: --master-port) to a free one"
+                f"{address}: the port is in use here; set MASTER_PORT (torchrun: --master-port) to a free one"
             ) from None
         raise UserError(
             f"{address}: rank {os.environ['RANK']} cannot reach it ({_first_line(error)}); "
@@ -77,8 +77,8 @@ def initialize(timeout_seconds: float) -> None:
         ) from None
     except dist.DistStoreError as error:
         raise UserError(
-            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks came within "
-            f"{timeout_seconds:.0f} s ({_first_line(error)}); look at the log of the missing ones, "
+            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks came "
+            f"within {timeout_seconds:.0f} s ({_first_line(error)}); look at the log of the missing ones, "
             "or raise --distributed.timeout"
         ) from None
 
@@ -121,7 +121,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 def all_reduce_sum_differentiable(tensor: Tensor) -> Tensor:
     """The sum over all ranks as a new tensor; its backward adds the gradients over all ranks."""
-    return _AllReduceSum.apply(tensor) if world_size() > 1 else tensor  # type: ignore[no-any-return]
+    return cast(Tensor, _AllReduceSum.apply(tensor)) if world_size() > 1 else tensor  # type: ignore[no-untyped-call]
 
 
 def broadcast_object(value: Any) -> Any:

@@ -12,7 +12,7 @@ right shifts are masked to be logical.
 from __future__ import annotations
 
 import zlib
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def sample_keys(seed: int, epochs: Tensor, sample_ids: Tensor) -> Tensor:
     return mix(mix(mix(start, seed), epochs), sample_ids)
 
 
-@lru_cache(maxsize=None)
+@cache
 def operation_word(operation: str) -> int:
     """The word that stands for an operation's name; stable over versions, unlike Python's own hash."""
     return zlib.crc32(operation.encode())

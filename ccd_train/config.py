@@ -1,0 +1,271 @@
+"""Every setting of a pretraining run: frozen dataclasses, one per concern.
+
+The defaults are the constants of the paper and of its official implementation. Reading a recipe, a user's file and
+the command line into these classes is the work of `options.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from ccd_train.errors import UserError
+
+# A run keeps its identity when these change between its lives; the corpus counts by its hash, not by its path.
+CHANGEABLE = {"run_dir", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
+CHANGEABLE |= {"train.micro_batch_size", "train.threads"}
+CHANGEABLE_SECTIONS = ("log.", "checkpoint.", "resume.", "distributed.")
+
+
+@runtime_checkable
+class Section(Protocol):
+    """A group of settings that can say what is wrong with it."""
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is impossible."""
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Refuses a setting with its name, its value, and what would be accepted."""
+    if not condition:
+        raise UserError(f"{name} = {value}: {remedy}")
+
+
+@dataclass(frozen=True)
+class Data:
+    shards: tuple[Path, ...] = ()
+    """Shard folders made by `ccd-data convert`; several are read as one corpus."""
+    workers: int = 4
+    """Processes per rank that read, decode and mask; 0 does it in the training process."""
+    window_shards: int = 16
+    """Shards that are open and shuffled together."""
+    mask_mode: Literal["otsu", "kmeans", "stored"] = "otsu"
+    """Pseudo-masks: Otsu's threshold (the exact 2-means), k-means as in the official code, or those in the shards."""
+
+    def check(self) -> None:
+        require(len(self.shards) > 0, "data.shards", "()", "name at least one shard folder: --data.shards DIR")
+        require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+        require(self.window_shards >= 1, "data.window_shards", self.window_shards, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Model:
+    width: int = 384
+    """D: channels of every patch token."""
+    depth: int = 12
+    """Transformer blocks."""
+    heads: int = 6
+    """Attention heads; must divide the width."""
+    drop_path: float = 0.1
+    """Stochastic depth of the student's last block; rises linearly from 0 at the first."""
+    taps: tuple[int, int, int] = (2, 4, 6)
+    """Blocks, counted from 1, whose outputs feed the segmentation head."""
+    head_hidden: int = 2048
+    """Width of the projection head's two hidden layers."""
+    head_bottleneck: int = 256
+    """Width of the L2-normalised layer before the prototypes."""
+    prototypes: int = 65536
+    """P: outputs of the projection head."""
+    freeze_gain: bool = False
+    """Keep the gain of the weight-normalised last layer at 1 (official: base only)."""
+
+    def check(self) -> None:
+        for name in ("width", "depth", "heads", "head_hidden", "head_bottleneck", "prototypes"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be 1 or more")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width = {self.width}")
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "must lie in [0, 1)")
+        ordered = 1 <= self.taps[0] < self.taps[1] < self.taps[2] <= self.depth
+        require(ordered, "model.taps", self.taps, f"must rise and lie in 1..model.depth = {self.depth}")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    student_temperature: float = 0.1
+    """Divides the student's logits."""
+    teacher_temperature: float = 0.04
+    """Divides the teacher's centred logits."""
+    center_momentum: float = 0.9
+    """EMA of the centre per step, at a global batch of 256."""
+    scale_center_momentum: bool = True
+    """Raise the centre's momentum to the power batch / 256, so that it forgets per sample, not per step."""
+    teacher_momentum: float = 0.9995
+    """First EMA momentum of the teacher, at a global batch of 256; a cosine takes it to 1."""
+    scale_teacher_momentum: bool = True
+    """Raise the teacher's momentum to the power batch / 256."""
+    segmentation_weight: float = 1.0
+    """Weight of the segmentation loss."""
+    student_regions_after: int = 30_000_000
+    """Samples after which the character regions come from the student's segmentation, not from the pseudo-mask."""
+    min_region_pixels: int = 30
+    """Smaller connected components are not characters."""
+
+    def check(self) -> None:
+        for name in ("student_temperature", "teacher_temperature"):
+            require(getattr(self, name) > 0, f"distillation.{name}", getattr(self, name), "must be positive")
+        for name in ("center_momentum", "teacher_momentum"):
+            require(0 <= getattr(self, name) <= 1, f"distillation.{name}", getattr(self, name), "must lie in [0, 1]")
+        for name in ("segmentation_weight", "student_regions_after"):
+            require(getattr(self, name) >= 0, f"distillation.{name}", getattr(self, name), "must not be negative")
+        require(self.min_region_pixels >= 1, "distillation.min_region_pixels", self.min_region_pixels, "must be ≥ 1")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 5e-4
+    """Peak learning rate at a global batch of 256."""
+    final_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    linear_lr_up_to: int | None = 1024
+    """The peak grows linearly with the global batch up to here, by the square root beyond; None: always linearly."""
+    warmup_samples: int = 10_000_000
+    """Samples over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.04
+    """First weight decay; a cosine takes it to final_weight_decay. None on biases and one-dimensional parameters."""
+    final_weight_decay: float = 0.4
+    """Weight decay at the end of the run."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    clip_gradient: float = 3.0
+    """Largest L2 norm of each single parameter tensor's gradient (DINO's rule); 0: no clipping."""
+    freeze_last_layer_samples: int = 1_000_000
+    """Samples during which the prototypes do not move."""
+
+    def check(self) -> None:
+        for name in ("lr", "final_lr", "warmup_samples", "weight_decay", "final_weight_decay", "clip_gradient"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        require(self.final_lr <= self.lr, "optimizer.final_lr", self.final_lr, f"must not exceed lr = {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
+        require(
+            self.linear_lr_up_to is None or self.linear_lr_up_to >= 1,
+            "optimizer.linear_lr_up_to",
+            self.linear_lr_up_to,
+            "must be a batch size, or None",
+        )
+        frozen = self.freeze_last_layer_samples
+        require(frozen >= 0, "optimizer.freeze_last_layer_samples", frozen, "must not be negative")
+
+
+@dataclass(frozen=True)
+class Train:
+    total_samples: int = 96_000_000
+    """Length of the schedules: about 3 epochs over MJ + ST + OCR-CC. --max-steps stops a run, never shortens this."""
+    micro_batch_size: int = 64
+    """Samples per rank and forward pass."""
+    global_batch_size: int | None = None
+    """Samples per step over all ranks; None: micro_batch_size × ranks, fixed at the run's first start."""
+    threads: int | None = None
+    """CPU threads per rank; None: this machine's cores divided among its ranks."""
+    activation_checkpointing: bool = False
+    """Recompute the blocks in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the backbone with torch.compile."""
+    deterministic: bool = False
+    """Bit-for-bit repeatable kernels on GPUs, at some cost. (CPUs repeat anyway.)"""
+    max_bad_steps: int = 10
+    """So many steps in a row with a non-finite loss or gradient end the run as failed."""
+
+    def check(self) -> None:
+        require(self.total_samples >= 1, "train.total_samples", self.total_samples, "must be 1 or more")
+        require(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "must be 1 or more")
+        batch = self.global_batch_size
+        require(batch is None or batch >= 1, "train.global_batch_size", batch, "must be 1 or more, or None")
+        require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "must be 1 or more, or None")
+        require(self.max_bad_steps >= 1, "train.max_bad_steps", self.max_bad_steps, "must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    pictures_every_steps: int = 1000
+    """Steps between two pictures of views, masks and regions; 0: none."""
+
+    def check(self) -> None:
+        require(self.every_steps >= 1, "log.every_steps", self.every_steps, "must be 1 or more")
+        require(self.pictures_every_steps >= 0, "log.pictures_every_steps", self.pictures_every_steps, "must be ≥ 0")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 2000
+    """Steps between two checkpoints; one more is written at the end and on a signal."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this; 0: none."""
+
+    def check(self) -> None:
+        require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "must be 1 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "must be 1 or more")
+        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "must not be negative")
+
+
+@dataclass(frozen=True)
+class Resume:
+    mode: Literal["auto", "must", "never"] = "auto"
+    """auto: go on where the run folder stands, or start; must: refuse to start from nothing; never: refuse to go on."""
+    allow_change: bool = False
+    """Go on although the recipe, the seed, the batch or the corpus is another; the differences are logged."""
+
+    def check(self) -> None:
+        """Every value of its type is possible."""
+
+
+@dataclass(frozen=True)
+class Distributed:
+    timeout: float = 600.0
+    """Seconds after which a rank that does not answer ends the run."""
+
+    def check(self) -> None:
+        require(self.timeout > 0, "distributed.timeout", self.timeout, "must be positive")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pretraining run."""
+
+    run_dir: Path | None = None
+    """Folder of the run; the same folder again goes on where it stopped."""
+    seed: int = 0
+    """Seed of the order of samples, the views, stochastic depth and the initial weights."""
+    deepspeed: str | None = None
+    """A file of ds_configs/ by name, or a path; None: zero1_bf16 on GPUs, zero1_fp32 on CPUs."""
+    max_steps: int | None = None
+    """Stop after this step, counted from the run's beginning; the schedules stay as they are."""
+    max_minutes: float | None = None
+    """Save and end as unfinished (exit code 75) before so many minutes of this life are over."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    distillation: Distillation = field(default_factory=Distillation)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resume: Resume = field(default_factory=Resume)
+    distributed: Distributed = field(default_factory=Distributed)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is impossible, before any other work."""
+        require(self.run_dir is not None, "run_dir", self.run_dir, "name the folder of the run: --run_dir DIR")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be 1 or more")
+        positive = self.max_minutes is None or self.max_minutes > 0
+        require(positive, "max_minutes", self.max_minutes, "must be positive")
+        for section in fields(self):
+            value = getattr(self, section.name)
+            if isinstance(value, Section):
+                value.check()
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run: its settings as flat names, less those that may change between its lives."""
+    flat = flatten(settings)
+    return {name: flat[name] for name in flat if name not in CHANGEABLE and not name.startswith(CHANGEABLE_SECTIONS)}
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 1}} → {"train.seed": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
