@@ -20,7 +20,7 @@ RANK_VARIABLES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
 
-BASE = {"errors", "draws", "config", "schedules", "geometry", "charset", "distributed"}
+BASE = {"errors", "draws", "config", "options", "schedules", "geometry", "charset", "distributed"}
 METHOD = {"augment", "photometric", "regions", "losses", "weights", "models", "data"}
 RUNTIME = {"engine", "ema", "checkpoint", "metrics"}
 LAYERS = ("base", "method", "runtime", "verbs")
@@ -109,7 +109,7 @@ def test_the_layers_name_modules_of_one_kind_only() -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("deepspeed", {"ccd_train.engine", "ccd_train.checkpoint", "ccd_train.doctor"}),
+        ("deepspeed", {"ccd_train.engine", "ccd_train.checkpoint", "ccd_train.doctor", "launch.operators"}),
         ("lmdb", {"ccd_train.data.records"}),
         ("tensorboard", {"ccd_train.metrics"}),
         ("torch.utils.tensorboard", {"ccd_train.metrics"}),

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Sourced by quickstart.sh and test.sh from the top of the checkout: makes .venv there, installs, and activates it. What
+# was done before is not done again. A torch that python can import already is kept; else the tested version is installed.
+#   PYTHON=python3.12 bash launch/quickstart.sh     another interpreter than python3
+
+stop() { echo "error: $*" >&2; exit 2; }
+
+check_machine() {  # check_machine PYTHON: what .venv cannot bring
+    command -v "$1" >/dev/null || stop "$1 is not here; install Python 3.10 or newer (Debian: apt-get install python3)"
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        stop "$1 is $("$1" -V 2>&1): 3.10 or newer is needed; name another one with PYTHON=python3.12"
+    "$1" -c 'import ensurepip, venv' 2>/dev/null ||
+        stop "$1 has no venv; install it (Debian: apt-get install python3-venv)"
+    [ -e "$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] ||
+        stop "$1 has no header files, which DeepSpeed's operators need (Debian: apt-get install python3-dev)"
+    command -v "${CXX:-c++}" >/dev/null ||
+        stop "${CXX:-c++} is not here: DeepSpeed's operators need a C++ compiler (Debian: apt-get install g++)"
+}
+
+make_environment() {  # make_environment PYTHON
+    local sight=
+    "$1" -c 'import torch' 2>/dev/null && sight=--system-site-packages
+    "$1" -m venv --clear $sight .venv
+}
+
+install() {  # install EXTRA: torch first and pinned, so that pip draws no other one in with the rest
+    local torch
+    python -c 'import torch' 2>/dev/null || python -m pip install "$(grep '^torch==' launch/constraints.txt)"
+    torch=$(python -c 'import torch; print(torch.__version__)')
+    { echo "torch==$torch"; grep -v '^torch==' launch/constraints.txt; } > .venv/constraints.txt
+    python -m pip install --constraint .venv/constraints.txt --editable ".$1"
+}
+
+set_up() {  # set_up [EXTRA], for example: set_up '[test]'
+    local extra=${1:-} stamp wanted
+    .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+        { check_machine "${PYTHON:-python3}"; make_environment "${PYTHON:-python3}"; }
+    . .venv/bin/activate
+    stamp=.venv/installed$extra
+    wanted=$(cksum setup.py launch/constraints.txt)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "installing into .venv (DeepSpeed is built from source: a minute or two) …"
+        install "$extra"
+        echo "$wanted" > "$stamp"
+    fi
+    python -W ignore -m launch.operators
+}
