@@ -1,0 +1,122 @@
+"""From the bytes of a word crop to its pixels and its pseudo-mask: which pixels are text, without any label.
+
+The pseudo-mask is 2-means on the grey levels, found exactly by Otsu's threshold (Otsu 1979: the threshold of least
+variance within the two classes), and then the border decides which of the two is the background (Guan et al., ICCV
+2023, and their `mask_create/generate_mask.py`). Both happen at the crop's own size, before it is resized.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import cv2
+import numpy as np
+
+HEIGHT, WIDTH = 32, 128  # of every image that the networks see
+
+MaskMode = Literal["otsu", "kmeans", "stored"]
+Array = np.ndarray
+
+# The orientation in EXIF is left alone, as readers of this field's LMDBs do: stored masks lie on the stored pixels.
+DECODE_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+KMEANS_RUNS = 20  # scipy's default, which the official code uses
+KMEANS_STOP = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-3)
+
+
+class UndecodableImage(Exception):
+    """The bytes are no image that OpenCV can read to its end."""
+
+
+def decode_rgb(data: bytes) -> Array:
+    """The crop as uint8 [H, W, 3], RGB. Grey, palette, 16-bit and CMYK are converted, transparency is filled.
+
+    Raises UndecodableImage.
+    """
+    if _may_be_transparent(data):
+        image = _decode(data, cv2.IMREAD_UNCHANGED)
+        if image.ndim == 3 and image.shape[2] == 4:
+            return _fill_transparency(image)
+    return _decode(data, DECODE_RGB)
+
+
+def decode_mask(data: bytes) -> Array:
+    """A stored mask as uint8 0/1 [H, W]; tools of this field write text as 1 or as 255. Raises UndecodableImage."""
+    mask = _decode(data, cv2.IMREAD_GRAYSCALE)
+    return (mask > (127 if mask.max() > 1 else 0)).astype(np.uint8)
+
+
+def pseudo_mask(image: Array, mode: MaskMode = "otsu") -> Array:
+    """Text = 1 in uint8 [H, W], from an RGB crop uint8 [H, W, 3]. An image of one grey level has no text."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if mode == "kmeans":
+        bright = _kmeans(grey)
+    else:
+        bright = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
+    return 1 - bright if background_is_bright(bright) else bright
+
+
+def background_is_bright(bright: Array) -> bool:
+    """Polarity: whether the class marked 1 in uint8 0/1 [H, W] fills more than half of at least 3 border lines.
+
+    With exactly 2 of 4 the official code leaves it to the random numbering of its clusters; here the majority of all
+    border pixels decides, and bright wins a tie, as paper is more common than blackboard.
+    """
+    lines = (bright[0], bright[-1], bright[:, 0], bright[:, -1])
+    counts = [np.count_nonzero(line) for line in lines]
+    dominated = sum(2 * count > line.size for count, line in zip(counts, lines, strict=True))
+    if dominated != 2:
+        return dominated > 2
+    corners = int(bright[0, 0]) + int(bright[0, -1]) + int(bright[-1, 0]) + int(bright[-1, -1])
+    return 2 * (sum(counts) - corners) >= sum(line.size for line in lines) - 4
+
+
+def resize_image(image: Array) -> Array:
+    """uint8 [32, 128, 3] from uint8 [H, W, 3]; bilinear and without keeping the aspect ratio, as the official code."""
+    resized: Array = cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
+    return resized
+
+
+def resize_mask(mask: Array) -> Array:
+    """uint8 0/1 [32, 128] from uint8 0/1 [H, W]: bilinear, then ≥ 0.5."""
+    resized = cv2.resize(mask * np.uint8(255), (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
+    return (resized >= 128).astype(np.uint8)
+
+
+def _decode(data: bytes, flags: int) -> Array:
+    if not data:
+        raise UndecodableImage("no bytes")
+    try:
+        image: Array | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:  # sizes beyond OpenCV's limits
+        raise UndecodableImage(str(error.err)) from error
+    if image is None:
+        raise UndecodableImage("not an image, or cut off")
+    return image
+
+
+def _may_be_transparent(data: bytes) -> bool:
+    """Whether these are the bytes of a PNG with an alpha channel or a transparent colour (PNG specification, 11.2-3)."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
+        return False
+    colour_type = data[25]
+    return colour_type in (4, 6) or b"tRNS" in data[33 : max(33, data.find(b"IDAT"))]
+
+
+def _fill_transparency(image: Array) -> Array:
+    """Lays uint8 or uint16 BGRA over white or black, whichever is farther from what can be seen."""
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    alpha = image[..., 3:].astype(np.float32) / 255
+    seen = image[..., 2::-1].astype(np.float32) * alpha
+    paper = 255.0 if seen.sum() <= 127.5 * 3 * alpha.sum() else 0.0
+    return np.rint(seen + paper * (1 - alpha)).astype(np.uint8)
+
+
+def _kmeans(grey: Array) -> Array:
+    """The brighter of two clusters as uint8 0/1 [H, W]: Lloyd's iterations, the best of several random starts."""
+    if grey.min() == grey.max():
+        return np.zeros_like(grey)
+    cv2.setRNGSeed(0)  # a mask is a function of the image alone
+    levels = grey.reshape(-1, 1).astype(np.float32)
+    _, cluster, centers = cv2.kmeans(levels, 2, None, KMEANS_STOP, KMEANS_RUNS, cv2.KMEANS_RANDOM_CENTERS)
+    return (cluster.reshape(grey.shape) == int(centers.argmax())).astype(np.uint8)
