@@ -61,6 +61,8 @@ class Model:
     """Stochastic depth of the student's last block; rises linearly from 0 at the first."""
     taps: tuple[int, int, int] = (2, 4, 6)
     """Blocks, counted from 1, whose outputs feed the segmentation head."""
+    segmentation_width: int = 128
+    """Channels of the segmentation head."""
     head_hidden: int = 2048
     """Width of the projection head's two hidden layers."""
     head_bottleneck: int = 256
@@ -73,6 +75,7 @@ class Model:
     def check(self) -> None:
         for name in ("width", "depth", "heads", "head_hidden", "head_bottleneck", "prototypes"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be 1 or more")
+        require(self.segmentation_width >= 2, "model.segmentation_width", self.segmentation_width, "must be 2 or more")
         require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width = {self.width}")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "must lie in [0, 1)")
         ordered = 1 <= self.taps[0] < self.taps[1] < self.taps[2] <= self.depth

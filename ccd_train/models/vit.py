@@ -1,0 +1,122 @@
+"""The vision transformer that student and teacher share.
+
+Shapes: B images, H W pixels (32×128), h w patch grid (8×32), D width. There is no class token.
+
+Differences from a textbook ViT: three blocks are tapped for the segmentation head, each through a LayerNorm of its own,
+and stochastic depth is a pure function of a key per image and of the layer, not of a generator's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ccd_train import draws
+
+IMAGE = (32, 128)
+PATCH = 4
+GRID = (IMAGE[0] // PATCH, IMAGE[1] // PATCH)
+MLP_RATIO = 4
+EPS = 1e-6  # of all LayerNorms
+INITIAL_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of one image."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] → [B, N, D]."""
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, D / heads]
+        return self.projection(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each normed before and added to its input; either may be dropped for an image."""
+
+    def __init__(self, width: int, heads: int, layer: int, drop: float) -> None:
+        super().__init__()
+        self.layer, self.drop = layer, drop
+        self.attention_norm = nn.LayerNorm(width, eps=EPS)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+
+    def forward(self, tokens: Tensor, keys: Tensor | None) -> Tensor:
+        """[B, N, D] and draw keys [B] → [B, N, D]."""
+        tokens = tokens + self.keep(self.attention(self.attention_norm(tokens)), keys, "attention")
+        return tokens + self.keep(self.mlp(self.mlp_norm(tokens)), keys, "mlp")
+
+    def keep(self, branch: Tensor, keys: Tensor | None, name: str) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): a branch vanishes for some images and is scaled up for the others."""
+        if not self.training or self.drop == 0:
+            return branch
+        assert keys is not None, "stochastic depth in training needs the images' draw keys"
+        kept = draws.uniform(keys, f"drop_path.{self.layer}.{name}") >= self.drop
+        return branch * (kept / (1 - self.drop)).to(branch.dtype)[:, None, None]
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 4×4 pixels, a learned position embedding on their 8×32 grid, `depth` blocks, a final LayerNorm.
+
+    drop_path is the last block's probability of being dropped, rising linearly from 0 at the first. taps count blocks
+    from 1. Initial weights come from torch's global generator: the caller seeds it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        taps: Sequence[int] = (2, 4, 6),
+        drop_path: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.taps = tuple(taps)
+        self.activation_checkpointing = activation_checkpointing
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH)
+        self.position_embedding = nn.Parameter(torch.empty(1, GRID[0] * GRID[1], width))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(width, heads, layer, rate) for layer, rate in enumerate(rates))
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.tap_norms = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in self.taps)
+        nn.init.trunc_normal_(self.position_embedding, std=INITIAL_STD)
+        initialize_linear_layers(self)
+
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Images [B, 3, 32, 128] → tokens [B, h·w, D] after the final norm, and the taps, each [B, D, h, w].
+
+        keys int64 [B] draw stochastic depth; needed in training only, and only where drop_path > 0.
+        """
+        patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
+        tokens = patches.flatten(2).transpose(1, 2) + self.position_embedding
+        taps: list[Tensor] = []
+        for number, block in enumerate(self.blocks, start=1):
+            if self.activation_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, keys, use_reentrant=False)
+            else:
+                tokens = block(tokens, keys)
+            if number in self.taps:
+                tapped = self.tap_norms[len(taps)](tokens)
+                taps.append(tapped.transpose(1, 2).unflatten(2, GRID))
+        return self.norm(tokens), taps
+
+
+def initialize_linear_layers(module: nn.Module) -> None:
+    """Official initial weights: truncated normal, σ 0.02, and zero biases in linear layers; torch's own elsewhere."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=INITIAL_STD)
+            nn.init.zeros_(layer.bias)
