@@ -23,7 +23,7 @@ KMEANS_RUNS = 20  # scipy's default, which the official code uses
 KMEANS_STOP = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-3)
 
 
-class UndecodableImage(Exception):
+class UndecodableImage(Exception):  # noqa: N818
     """The bytes are no image that OpenCV can read to its end."""
 
 
@@ -48,10 +48,7 @@ def decode_mask(data: bytes) -> Array:
 def pseudo_mask(image: Array, mode: MaskMode = "otsu") -> Array:
     """Text = 1 in uint8 [H, W], from an RGB crop uint8 [H, W, 3]. An image of one grey level has no text."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    if mode == "kmeans":
-        bright = _kmeans(grey)
-    else:
-        bright = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
+    bright = _kmeans(grey) if mode == "kmeans" else _otsu(grey)
     return 1 - bright if background_is_bright(bright) else bright
 
 
@@ -62,40 +59,38 @@ def background_is_bright(bright: Array) -> bool:
     border pixels decides, and bright wins a tie, as paper is more common than blackboard.
     """
     lines = (bright[0], bright[-1], bright[:, 0], bright[:, -1])
-    counts = [np.count_nonzero(line) for line in lines]
-    dominated = sum(2 * count > line.size for count, line in zip(counts, lines, strict=True))
+    counts = [int(np.count_nonzero(line)) for line in lines]
+    dominated: int = sum(2 * count > line.size for count, line in zip(counts, lines, strict=True))
     if dominated != 2:
         return dominated > 2
     corners = int(bright[0, 0]) + int(bright[0, -1]) + int(bright[-1, 0]) + int(bright[-1, -1])
-    return 2 * (sum(counts) - corners) >= sum(line.size for line in lines) - 4
+    return bool(2 * (sum(counts) - corners) >= sum(line.size for line in lines) - 4)
 
 
 def resize_image(image: Array) -> Array:
-    """uint8 [32, 128, 3] from uint8 [H, W, 3]; bilinear and without keeping the aspect ratio, as the official code."""
-    resized: Array = cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
-    return resized
+    """uint8 [32, 128, …] from uint8 [H, W, …]; bilinear and without keeping the aspect ratio, as the official code."""
+    return np.asarray(cv2.resize(image, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR))
 
 
 def resize_mask(mask: Array) -> Array:
     """uint8 0/1 [32, 128] from uint8 0/1 [H, W]: bilinear, then ≥ 0.5."""
-    resized = cv2.resize(mask * np.uint8(255), (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
-    return (resized >= 128).astype(np.uint8)
+    return (resize_image(mask * np.uint8(255)) >= 128).astype(np.uint8)
 
 
 def _decode(data: bytes, flags: int) -> Array:
     if not data:
         raise UndecodableImage("no bytes")
     try:
-        image: Array | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:  # sizes beyond OpenCV's limits
         raise UndecodableImage(str(error.err)) from error
     if image is None:
         raise UndecodableImage("not an image, or cut off")
-    return image
+    return np.asarray(image)
 
 
 def _may_be_transparent(data: bytes) -> bool:
-    """Whether these are the bytes of a PNG with an alpha channel or a transparent colour (PNG specification, 11.2-3)."""
+    """Whether these are the bytes of a PNG with an alpha channel or a transparent colour (PNG, 11.2–11.3)."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
         return False
     colour_type = data[25]
@@ -112,11 +107,17 @@ def _fill_transparency(image: Array) -> Array:
     return np.rint(seen + paper * (1 - alpha)).astype(np.uint8)
 
 
+def _otsu(grey: Array) -> Array:
+    """The brighter of the two classes as uint8 0/1 [H, W]."""
+    return np.asarray(cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1])
+
+
 def _kmeans(grey: Array) -> Array:
     """The brighter of two clusters as uint8 0/1 [H, W]: Lloyd's iterations, the best of several random starts."""
     if grey.min() == grey.max():
         return np.zeros_like(grey)
     cv2.setRNGSeed(0)  # a mask is a function of the image alone
     levels = grey.reshape(-1, 1).astype(np.float32)
-    _, cluster, centers = cv2.kmeans(levels, 2, None, KMEANS_STOP, KMEANS_RUNS, cv2.KMEANS_RANDOM_CENTERS)
-    return (cluster.reshape(grey.shape) == int(centers.argmax())).astype(np.uint8)
+    unset = np.empty((0, 1), np.int32)
+    _, cluster, centers = cv2.kmeans(levels, 2, unset, KMEANS_STOP, KMEANS_RUNS, cv2.KMEANS_RANDOM_CENTERS)
+    return np.asarray(np.reshape(cluster, grey.shape) == np.argmax(centers), np.uint8)

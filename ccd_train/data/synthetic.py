@@ -122,8 +122,7 @@ def _perspective(rng: np.random.Generator, glyphs: np.ndarray) -> np.ndarray:
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
     inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
     matrix = cv2.getPerspectiveTransform(corners, corners + inwards * moves)
-    warped: np.ndarray = cv2.warpPerspective(glyphs, matrix, (width, height), flags=cv2.INTER_LINEAR)
-    return warped
+    return np.asarray(cv2.warpPerspective(glyphs, matrix, (width, height), flags=cv2.INTER_LINEAR))
 
 
 def _colour(rng: np.random.Generator, glyphs: np.ndarray) -> np.ndarray:
@@ -134,8 +133,7 @@ def _colour(rng: np.random.Generator, glyphs: np.ndarray) -> np.ndarray:
         background = 255 - (255 - background) * 0.5 if background @ LUMA > 127 else background * 0.5
     surface = _surface(rng, *glyphs.shape)[..., None] + background
     covered = glyphs[..., None]
-    image: np.ndarray = surface * (1 - covered) + ink * covered
-    return image.astype(np.float32)
+    return np.asarray(surface * (1 - covered) + ink * covered, np.float32)
 
 
 def _surface(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -146,7 +144,7 @@ def _surface(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     if kind < 0.65:
         across, down = rng.uniform(-45, 45, 2)
         slope = across * np.linspace(-1, 1, width)[None, :] + down * np.linspace(-1, 1, height)[:, None]
-        return slope.astype(np.float32)
+        return np.asarray(slope, np.float32)
     surface = np.zeros((height, width), np.float32)
     for grain in (rng.uniform(2, 5), rng.uniform(8, 30)):
         coarse = rng.standard_normal((max(2, int(height / grain)), max(2, int(width / grain)))).astype(np.float32)
@@ -159,4 +157,4 @@ def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if rng.random() < 0.6:
         image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.3, 0.03 * image.shape[0] + 0.4)))
     image = image + rng.uniform(0, 8) * rng.standard_normal(image.shape, np.float32)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(image), 0, 255), np.uint8)

@@ -1,0 +1,106 @@
+"""Rendered words: deterministic, varied, and with masks that lie on the glyphs."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask
+from ccd_train.data.records import LmdbReader
+from ccd_train.data.synthetic import Word, find_fonts, render
+from ccd_train.errors import UserError
+from data_tools import synth
+
+FONTS = find_fonts()
+
+
+@pytest.fixture(scope="module")
+def words() -> list[Word]:
+    return [render(11, index, FONTS) for index in range(120)]
+
+
+def test_a_word_is_a_function_of_seed_and_index(words: list[Word]) -> None:
+    assert render(11, 17, FONTS) == words[17]
+    assert render(12, 17, FONTS) != words[17]
+    assert len({word.image for word in words}) == len(words)
+
+
+def test_words_vary_in_size_text_and_colour(words: list[Word]) -> None:
+    images = [decode_rgb(word.image) for word in words]
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    assert heights.min() < 25 and heights.max() > 70 and (widths / heights).max() > 4
+    assert len({word.label for word in words}) > 100
+    assert sum(word.label.isdigit() for word in words) > 3 and sum(word.label.isalpha() for word in words) > 50
+    assert np.std([image.mean((0, 1)) for image in images], axis=0).min() > 25
+    assert all(1 <= len(word.label) <= 23 and word.label.isascii() for word in words)
+
+
+def test_masks_lie_on_the_glyphs(words: list[Word]) -> None:
+    """Inside and outside of the glyphs differ in mean colour, and on most words the pseudo-mask finds the same."""
+    overlaps = []
+    for word in words:
+        image, mask = decode_rgb(word.image), decode_mask(word.mask)
+        assert mask.shape == image.shape[:2] and 0.005 < mask.mean() < 0.75
+        core = cv2.erode(mask, np.ones((2, 2), np.uint8)) if mask.mean() > 0.1 else mask
+        assert np.abs(image[core == 1].mean(0) - image[mask == 0].mean(0)).max() > 12
+        found = pseudo_mask(image)
+        overlaps.append((found & mask).sum() / (found | mask).sum())
+    assert np.median(overlaps) > 0.7
+
+
+def test_pillows_own_font_is_the_last_resort() -> None:
+    word = render(5, 3, ())
+    assert decode_mask(word.mask).mean() > 0.02 and word == render(5, 3, ())
+
+
+def test_the_verb_writes_the_same_lmdb_with_any_number_of_processes(tmp_path: Path) -> None:
+    def digest(name: str, workers: int) -> str:
+        arguments = ["--num-samples", "70", "--seed", "4", "--labels", "--masks", "--workers", str(workers)]
+        assert synth.main(["--out", str(tmp_path / name), *arguments]) == 0
+        with LmdbReader(tmp_path / name) as reader:
+            assert len(reader) == 70
+            records = [(reader.image(i), reader.label(i), reader.mask(i)) for i in range(1, 71)]
+        assert Word(*records[0]) == render(4, 0, FONTS) and Word(*records[69]) == render(4, 69, FONTS)  # type: ignore[arg-type]
+        return hashlib.sha256(repr(records).encode()).hexdigest()
+
+    assert digest("one", 1) == digest("two", 2)
+
+
+def test_labels_and_masks_are_written_only_when_asked_for(tmp_path: Path) -> None:
+    synth.main(["--out", str(tmp_path / "plain"), "--num-samples", "3", "--workers", "1"])
+    with LmdbReader(tmp_path / "plain") as reader:
+        assert reader.image(3) is not None and reader.label(1) is None and reader.mask(1) is None
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        synth.main(["--out", str(tmp_path), "--num-samples", "3"])
+    with pytest.raises(UserError, match="at least 1"):
+        synth.main(["--out", str(tmp_path / "new"), "--num-samples", "0"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_run_leaves_no_lmdb_that_looks_whole(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "data_tools", "synth", "--out", str(tmp_path / "words"), "--num-samples", "100000"]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    unfinished = tmp_path / "words.unfinished" / "data.mdb"
+    deadline = time.monotonic() + 30
+    while not unfinished.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "words").exists()
+    synth.main(["--out", str(tmp_path / "words"), "--num-samples", "3", "--workers", "1"])
+    with LmdbReader(tmp_path / "words") as reader:
+        assert len(reader) == 3
+    assert not unfinished.exists()
