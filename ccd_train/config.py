@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from ccd_train.errors import UserError
+from ccd_train.geometry import Affine
+from ccd_train.severities import Augment
 
 # A run keeps its identity when these change between its lives; the corpus counts by its hash, not by its path.
 CHANGEABLE = {"run_dir", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
@@ -239,6 +241,8 @@ class Config:
     max_minutes: float | None = None
     """Save and end as unfinished (exit code 75) before so many minutes of this life are over."""
     data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    affine: Affine = field(default_factory=Affine)
     model: Model = field(default_factory=Model)
     distillation: Distillation = field(default_factory=Distillation)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -1,0 +1,179 @@
+"""The two views of a batch: photometric chains and the affine, on the device that the images are on.
+
+What a sample draws is a pure function of its key, so the host works it out while the device is still busy, and neither
+waits for the other: the device gets one table of indices and keys, and one of parameters. For each group the images are
+brought into the order of the operations they drew, so that every operation works on one slice of the batch in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ccd_train.draws import field, mix, uniform
+from ccd_train.geometry import Affine, sample_theta, warp_images
+from ccd_train.photometric import contrast, noise
+from ccd_train.severities import RANGES, Augment, Chain, Group
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as every ViT of this family is fed
+STD = (0.229, 0.224, 0.225)
+
+Operation = Callable[..., Tensor]
+OPERATIONS: dict[str, Operation] = {
+    operation.__name__: operation
+    for operation in (
+        noise.add_elementwise,
+        noise.gaussian_noise,
+        noise.multiply,
+        noise.invert,
+        noise.solarize,
+        contrast.gamma,
+        contrast.linear_contrast,
+    )
+}
+
+
+def parameters(operation: str) -> list[str]:
+    """The names of what an operation draws per image."""
+    return list(inspect.signature(OPERATIONS[operation]).parameters)[2:]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Two views of each sample, and the map between them.
+
+    regular, irregular: float32 [B, 3, 32, 128], normalised. theta: float32 [B, 2, 3], identity where nothing is warped.
+    """
+
+    regular: Tensor
+    irregular: Tensor
+    theta: Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [start, stop) of a group's order drew `operation`, which takes the first `parameters` columns."""
+
+    operation: str
+    start: int
+    stop: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One group of a chain for one batch of N images, on the host."""
+
+    order: Tensor  # int64 [N]: which image stands where; those that draw nothing stand last
+    parameters: Tensor  # float32 [N, columns], in that order
+    slices: list[Slice]
+
+    def apply(self, images: Tensor, keys: Tensor, columns: Tensor) -> None:
+        """Changes images [N, 3, H, W] in place; they, their keys [N] and parameters [N, columns] stand in the order."""
+        for part in self.slices:
+            rows = slice(part.start, part.stop)
+            values = columns[rows, : part.parameters, None, None, None].unbind(1)
+            images[rows] = OPERATIONS[part.operation](images[rows], keys[rows], *values)
+        if self.slices:
+            images[: self.slices[-1].stop].clamp_(0, 255).round_()
+
+
+class Table:
+    """A group of a chain as tensors: what turns uniform draws into operations and their parameters."""
+
+    def __init__(self, chain: Chain, group: Group) -> None:
+        self.name, self.probability, self.operations = group.name, group.probability, list(group.operations)
+        weights = torch.tensor(list(group.operations.values()), dtype=torch.float64)
+        self.bounds = weights.cumsum(0) / weights.sum()
+        self.counts = [len(parameters(operation)) for operation in self.operations]
+        # one row more for "none"; a parameter without a range is a draw from [0, 1) as it is
+        self.low = torch.zeros(len(self.operations) + 1, max(self.counts))
+        self.span = torch.ones_like(self.low)
+        for row, operation in enumerate(self.operations):
+            for column, parameter in enumerate(parameters(operation)):
+                if f"{operation}.{parameter}" in RANGES:
+                    low, high = chain.range(f"{operation}.{parameter}")
+                    self.low[row, column], self.span[row, column] = low, high - low
+
+    def stage(self, keys: Tensor, skip: Tensor) -> Stage:
+        """What images with these keys [N] draw; none where skip [N]."""
+        draws = field(keys, self.name, 2 + self.low.shape[1])
+        chosen = torch.bucketize(draws[:, 1].double(), self.bounds[:-1], right=True)
+        none = skip | (draws[:, 0] >= self.probability)
+        chosen = chosen.masked_fill(none, len(self.operations))
+        order = chosen.argsort(stable=True)
+        drawn = torch.addcmul(self.low[chosen], self.span[chosen], draws[:, 2:])[order]
+        stops = chosen.bincount(minlength=len(self.operations)).cumsum(0).tolist()
+        starts = [0, *stops]
+        slices = [
+            Slice(operation, start, stop, count)
+            for operation, start, stop, count in zip(self.operations, starts, stops, self.counts, strict=False)
+            if stop > start
+        ]
+        return Stage(order, drawn, slices)
+
+
+class Augmentation:
+    """Makes views: `Augmentation(settings)(images, native_size, keys)`. Has no state, and consumes no generator."""
+
+    def __init__(self, settings: Augment, affine: Affine) -> None:
+        chain = settings.resolve()
+        self.identity, self.affine = chain.identity, affine
+        self.tables = [Table(chain, group) for group in chain.groups]
+
+    @torch.no_grad()
+    def __call__(self, images_u8: Tensor, native_size: Tensor, keys: Tensor) -> Views:
+        """Views of uint8 images [B, 3, 32, 128] whose crops had the native (height, width) [B, 2], keyed by int64 [B].
+
+        `native_size` and `keys` belong on the host: on a device they cost a synchronisation each.
+        """
+        keys, native_size = keys.cpu(), native_size.cpu()
+        theta = sample_theta(keys, native_size, self.affine)
+        warped = (theta != torch.eye(2, 3)).flatten(1).any(dim=1)
+        views = self.photometric(
+            images_u8.repeat(2, 1, 1, 1),
+            torch.cat([mix(keys, 1), mix(keys, 2)]),
+            # where the affine is not drawn, the irregular view is the crop itself
+            torch.cat([torch.zeros_like(warped), ~warped]),
+        )
+        regular, irregular = views.chunk(2)
+        rows, theta = upload(warped.nonzero()[:, 0], images_u8.device), upload(theta, images_u8.device)
+        if len(rows):
+            irregular.index_copy_(0, rows, warp_images(irregular.index_select(0, rows), theta.index_select(0, rows)))
+        normalize(views)
+        return Views(regular, irregular, theta)
+
+    def photometric(self, images_u8: Tensor, keys: Tensor, skip: Tensor) -> Tensor:
+        """Images [N, 3, H, W] through the chain, with keys [N] on the host; float32, whole levels 0–255.
+
+        Images with skip [N] keep out of it, besides those that draw the identity.
+        """
+        skip = skip | (uniform(keys, "identity") < self.identity)
+        stages = [table.stage(keys, skip) for table in self.tables]
+        moves, places = [], torch.arange(len(keys))  # places[i]: where image i stands
+        for stage in stages:
+            moves.append(places[stage.order])
+            places = stage.order.argsort()
+        indices = upload(torch.stack([*moves, *(keys[stage.order] for stage in stages), places]), images_u8.device)
+        columns = upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
+        images = images_u8.float()
+        for number, stage in enumerate(stages):
+            images = images.index_select(0, indices[number])
+            stage.apply(images, indices[len(stages) + number], columns[:, : stage.parameters.shape[1]])
+            columns = columns[:, stage.parameters.shape[1] :]
+        return images.index_select(0, indices[-1])
+
+
+def upload(table: Tensor, device: torch.device) -> Tensor:
+    """The table on the device, without waiting for what the device is doing."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def normalize(images: Tensor) -> None:
+    """Grey levels 0–255 to ImageNet's mean 0 and deviation 1, in place."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    images.mul_(1 / (255 * std)).sub_(mean / std)
