@@ -20,7 +20,7 @@ RANK_VARIABLES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
 
-BASE = {"errors", "draws", "config", "options", "schedules", "geometry", "charset", "distributed"}
+BASE = {"errors", "draws", "config", "options", "severities", "schedules", "geometry", "charset", "distributed"}
 METHOD = {"augment", "photometric", "regions", "losses", "weights", "models", "data"}
 RUNTIME = {"engine", "ema", "checkpoint", "metrics"}
 LAYERS = ("base", "method", "runtime", "verbs")
