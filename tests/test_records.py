@@ -65,7 +65,7 @@ def test_a_writer_that_fails_leaves_an_lmdb_that_is_refused(tmp_path: Path) -> N
         for number in range(2000):
             writer.add(b"x")
             1 // (1500 - number)
-    with pytest.raises(UserError, match="no num-samples key .*still being written"):
+    with pytest.raises(UserError, match=r"no num-samples key .*still being written"):
         len(LmdbReader(tmp_path / "words"))
     with pytest.raises(UserError, match="here already"):
         LmdbWriter(tmp_path / "words")

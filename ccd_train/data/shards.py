@@ -178,7 +178,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedManifestError(f"{file}: not a manifest ({type(error).__name__}: {error}); convert again") from None
     if derived != {name: getattr(manifest, name) for name in derived}:
-        raise DamagedManifestError(f"{file}: its totals or its hash do not fit its shards: it was changed; convert again")
+        raise DamagedManifestError(
+            f"{file}: its totals or its hash do not fit its shards: it was changed; convert again"
+        )
     if any(os.path.basename(shard.file) != shard.file for shard in manifest.shards):
         raise DamagedManifestError(f"{file}: names a file outside this folder; convert again")
     return manifest
