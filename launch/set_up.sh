@@ -17,10 +17,14 @@ check_machine() {  # check_machine PYTHON: what .venv cannot bring
         stop "${CXX:-c++} is not here: DeepSpeed's operators need a C++ compiler (Debian: apt-get install g++)"
 }
 
-make_environment() {  # make_environment PYTHON
-    local sight=
-    "$1" -c 'import torch' 2>/dev/null && sight=--system-site-packages
-    "$1" -m venv --clear $sight .venv
+make_environment() {  # make_environment PYTHON: .venv, which sees the torch that PYTHON sees, in a virtual environment too
+    local torch site
+    "$1" -m venv --clear .venv
+    if torch=$("$1" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null); then
+        site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+        echo "$torch" > "$site/outer_torch.pth"
+        echo "keeping the torch in $torch"
+    fi
 }
 
 install() {  # install EXTRA: torch first and pinned, so that pip draws no other one in with the rest

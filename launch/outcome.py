@@ -1,0 +1,92 @@
+"""Runs the command of a launcher and ends as the training run ended, which launchers hide.
+
+    python -m launch.outcome torchrun --standalone --nproc_per_node 2 -m ccd_train pretrain --run_dir DIR …
+
+torchrun and srun turn every exit code of their workers into 1, so the run writes `outcome.json` and this program reads
+it. The settings are checked before anything is started: what is refused costs no start of N processes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from ccd_train.config import Config
+from ccd_train.errors import FAILED, UserError, run
+from ccd_train.options import parse
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a life of a run ended: a word for people, an exit code for programs, and one line."""
+
+    word: str
+    code: int
+    message: str
+
+
+def read_outcome(run_dir: Path) -> Outcome | None:
+    """What the run wrote last; None where it wrote nothing that can be read."""
+    try:
+        values = json.loads((run_dir / "outcome.json").read_text(encoding="utf-8"))
+        return Outcome(str(values["outcome"]), int(values["code"]), str(values["message"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def checked_run_dir(command: list[str]) -> Path:
+    """The run folder of a command `… ccd_train pretrain SETTINGS`. Raises UserError where the settings are refused."""
+    for index in range(len(command) - 1):
+        if command[index] == "ccd_train" and command[index + 1] == "pretrain":
+            config = parse(Config, command[index + 2 :], "ccd-train pretrain")
+            config.check()
+            assert config.run_dir is not None
+            return config.run_dir
+    raise UserError("launch.outcome: the command has no `-m ccd_train pretrain` whose outcome could be read")
+
+
+def follow(command: list[str]) -> int:
+    """Runs the command, passes signals on to it, and returns its exit code."""
+    try:
+        process = subprocess.Popen(command)
+    except OSError as error:
+        raise UserError(f"{command[0]}: {error.strerror}; activate the environment of this program") from None
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    return process.wait()
+
+
+def main(command: list[str]) -> int:
+    run_dir = checked_run_dir(command)
+    before = _identity(run_dir)
+    code = follow(command)
+    outcome = read_outcome(run_dir)
+    if outcome is None or _identity(run_dir) == before:
+        print(f"failed: the run ended without an outcome; its launcher ended with {code}", file=sys.stderr)
+        return code if code > 1 else FAILED
+    print(f"{outcome.word}: {outcome.message}", flush=True)
+    return outcome.code
+
+
+def _identity(run_dir: Path) -> tuple[int, int] | None:
+    """Changes whenever an outcome is written."""
+    try:
+        status = (run_dir / "outcome.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

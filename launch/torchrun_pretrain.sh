@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Pretraining under torchrun, on this machine or on several. Every argument goes to `ccd-train pretrain`.
+#
+#   bash launch/torchrun_pretrain.sh --config vit_small --run_dir runs/first --data.shards shards
+#       all GPUs of this machine; without a GPU, 2 processes. NPROC=4 sets another number.
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 bash launch/torchrun_pretrain.sh …
+#       once on each machine, NODE_RANK counting from 0; MASTER_ADDR is the first one, MASTER_PORT (29500) free on it.
+#
+# Ends as the run ended: 0 finished, 2 refused, 3 failed, 75 unfinished (start it again; it goes on where it stopped).
+set -euo pipefail
+# After a SIGTERM the workers have this long to save; torchrun then kills them. The default, 30 s, can cut off a save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+if [ "${NNODES:-1}" = 1 ]; then
+    rendezvous=(--standalone)
+else
+    : "${NODE_RANK:?which of the $NNODES machines is this one, counted from 0?}" "${MASTER_ADDR:?name of the first machine}"
+    rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+fi
+# `python -m torch.distributed.run` is torchrun, and there wherever torch is
+exec python -m launch.outcome \
+    python -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$nproc" -m ccd_train pretrain "$@"

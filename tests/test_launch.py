@@ -1,0 +1,102 @@
+"""The wrappers on one machine: they end as the run ended, pass signals on, and nothing of ours confuses torchrun."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from ccd_train.config import Config
+from ccd_train.options import option_names
+from launch.outcome import Outcome, read_outcome
+
+CHECKOUT = Path(__file__).parents[1]
+PAYLOAD = """
+import json, pathlib, signal, sys, time
+run_dir = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+def end(code):
+    (run_dir / "outcome.json").write_text(json.dumps({"outcome": "word", "code": code, "message": "line"}))
+    sys.exit(1)  # what torchrun makes of every code
+signal.signal(signal.SIGTERM, lambda *_: end(75))
+"""
+
+
+def wrapped(program: str, *settings: str) -> list[str]:
+    """launch.outcome around a program that stands where torchrun would."""
+    payload = [sys.executable, "-c", PAYLOAD + program, "-m", "ccd_train", "pretrain"]
+    return [sys.executable, "-m", "launch.outcome", *payload, *settings]
+
+
+def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    run_dir = tmp_path / 'it\'s a run, $(touch executed) "so"'
+    run_dir.mkdir()
+    return ["--config", "vit_nano", "--run_dir", str(run_dir), "--data.shards", str(tmp_path)]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+def test_the_wrapper_ends_as_the_run_ended(settings: list[str], code: int) -> None:
+    result = finish(wrapped(f"end({code})", *settings))
+    assert (result.returncode, result.stdout) == (code, "word: line\n")
+
+
+def test_an_outcome_of_an_earlier_life_is_not_believed(settings: list[str]) -> None:
+    assert finish(wrapped("end(0)", *settings)).returncode == 0
+    result = finish(wrapped("sys.exit(1)", *settings))
+    assert result.returncode == 3
+    assert "without an outcome" in result.stderr
+
+
+def test_signals_reach_the_run(settings: list[str]) -> None:
+    process = subprocess.Popen(
+        wrapped("print('up', flush=True); time.sleep(60)", *settings), cwd=CHECKOUT, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [(["--train.micro_batch_siz", "4"], "micro_batch_siz"), (["--train.micro_batch_size", "0"], "micro_batch_size")],
+)
+def test_impossible_settings_are_refused_before_anything_starts(
+    settings: list[str], changed: list[str], named: str
+) -> None:
+    result = finish(wrapped("pathlib.Path('started').touch()", *settings, *changed))
+    assert result.returncode == 2
+    assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not Path(settings[3], "outcome.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"outcome": "finished"}', '{"outcome": "x", "code": "y", "message": ""}']
+)
+def test_an_outcome_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "outcome.json").write_text(text)
+    assert read_outcome(tmp_path) is None
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "finished", "code": 0, "message": "m"}))
+    assert read_outcome(tmp_path) == Outcome("finished", 0, "m")
+
+
+def test_no_option_is_a_prefix_of_one_of_torchruns() -> None:
+    """torchrun reads the script's options too where they are unambiguous beginnings of its own."""
+    options = [option.lstrip("-") for action in get_args_parser()._actions for option in action.option_strings]
+    theirs = {option.replace("-", "_") for option in options if len(option) > 1}
+    for ours in [*option_names(Config), "config", "help", "print_config"]:
+        if ours != "help":  # torchrun's own, as everywhere
+            assert not [option for option in theirs if option.startswith(ours)], ours
