@@ -129,5 +129,5 @@ def map_points(points: Tensor, theta: Tensor, height: int, width: int) -> Tensor
 def _inverse(matrices: Tensor) -> Tensor:
     """Of [B, 2, 2]. torch's own waits for the device, to look for singular ones; there are none here."""
     (a, b), (c, d) = (row.unbind(-1) for row in matrices.unbind(-2))
-    adjugate = torch.stack([d, -b, -c, a], dim=-1).unflatten(-1, (2, 2))
+    adjugate: Tensor = torch.stack([d, -b, -c, a], dim=-1).unflatten(-1, (2, 2))
     return adjugate / (a * d - b * c)[:, None, None]

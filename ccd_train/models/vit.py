@@ -88,7 +88,7 @@ class VisionTransformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH)
         self.position_embedding = nn.Parameter(torch.empty(1, GRID[0] * GRID[1], width))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(Block(width, heads, layer, rate) for layer, rate in enumerate(rates))
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.tap_norms = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in self.taps)
