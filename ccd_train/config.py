@@ -16,6 +16,7 @@ from ccd_train.severities import Augment
 
 # A run keeps its identity when these change between its lives; the corpus counts by its hash, not by its path.
 CHANGEABLE = {"run_dir", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
+CHANGEABLE |= {"data.exclude", "data.max_damaged", "data.stage", "data.stage_gb"}
 CHANGEABLE |= {"train.micro_batch_size", "train.threads"}
 CHANGEABLE_SECTIONS = ("log.", "checkpoint.", "resume.", "distributed.")
 
@@ -38,17 +39,39 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
 class Data:
     shards: tuple[Path, ...] = ()
     """Shard folders made by `ccd-data convert`; several are read as one corpus."""
+    weights: tuple[float, ...] | None = None
+    """The share of the samples that each folder gives, to 0.01 %; None: every sample once an epoch."""
+    exclude: Path | None = None
+    """List of samples to leave out, as `ccd-data overlap` writes it."""
     workers: int = 4
     """Processes per rank that read, decode and mask; 0 does it in the training process."""
     window_shards: int = 16
     """Shards that are open and shuffled together."""
     mask_mode: Literal["otsu", "kmeans", "stored"] = "otsu"
     """Pseudo-masks: Otsu's threshold (the exact 2-means), k-means as in the official code, or those in the shards."""
+    max_damaged: float = 0.001
+    """Share of unreadable samples (each is replaced by the next of its shard) above which a run ends as failed."""
+    stage: Path | None = None
+    """Folder on the node's own disk to which shards are copied before they are read; None: they are read in place."""
+    stage_gb: float = 100.0
+    """Space for the copies, in 10^9 bytes per node."""
 
     def check(self) -> None:
         require(len(self.shards) > 0, "data.shards", "()", "name at least one shard folder: --data.shards DIR")
+        self._check_weights()
+        require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "must lie in [0, 1]")
+        require(self.stage_gb > 0, "data.stage_gb", self.stage_gb, "must be positive")
         require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
         require(self.window_shards >= 1, "data.window_shards", self.window_shards, "must be 1 or more")
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        remedy = f"give one for each of the {len(self.shards)} folders of data.shards"
+        require(len(self.weights) == len(self.shards), "data.weights", self.weights, remedy)
+        require(len(set(self.shards)) == len(self.shards), "data.shards", self.shards, "name each weighted folder once")
+        least = min(self.weights) / sum(self.weights) if min(self.weights) > 0 else 0
+        require(least >= 1e-4, "data.weights", self.weights, "each must be positive, and at least 0.01 % of their sum")
 
 
 @dataclass(frozen=True)
