@@ -109,7 +109,10 @@ class LmdbReader:
     def _value(self, key: bytes) -> bytes | None:
         if self._transaction is None:
             self._transaction = self._environment().begin()
-        value = self._transaction.get(key)
+        try:
+            value = self._transaction.get(key)
+        except lmdb.Error as error:
+            raise UserError(f"{self.path}: damaged at {key.decode()} ({error}); copy the LMDB again") from None
         assert not isinstance(value, memoryview)  # that is for transactions that lend their buffers
         return value
 

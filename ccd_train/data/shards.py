@@ -125,14 +125,17 @@ def split_name(member: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (member, "")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Writes a whole file, or nothing: a power cut leaves the old one or the new one."""
     temporary = temporary_path(path)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "xb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -152,7 +155,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Writes DIR/manifest.json, which declares the folder complete."""
-    write_atomically(Path(folder) / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    write_atomically(Path(folder) / MANIFEST, [json.dumps(asdict(manifest), indent=1).encode(), b"\n"])
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -206,7 +209,7 @@ class Exclusion:
 
 def write_exclusions(file: str | Path, exclusions: Iterable[Exclusion]) -> None:
     """Writes a list of samples to leave out, for `Corpus.open(…, exclude=file)`."""
-    write_atomically(Path(file), "".join(json.dumps(asdict(entry)) + "\n" for entry in exclusions).encode())
+    write_atomically(Path(file), (json.dumps(asdict(entry)).encode() + b"\n" for entry in exclusions))
 
 
 def read_exclusions(file: str | Path) -> list[Exclusion]:

@@ -1,0 +1,98 @@
+"""The LMDBs that a conversion reads: their names, whether they are the same as before, and how large they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ccd_train.data.records import FILE, LmdbReader, find_lmdbs
+from ccd_train.data.shards import Source
+from ccd_train.errors import UserError
+from data_tools.tar import BLOCK
+
+PROBES = 64  # records, evenly spread, that a fingerprint covers
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A source and where it is on this machine."""
+
+    source: Source
+    path: Path
+    mask_path: Path | None
+    """Another LMDB with the masks; None: masks, if any, are beside the images."""
+    versions: tuple[tuple[int, int], ...]
+    """Of the LMDB and the one with its masks: they change when somebody writes."""
+    bytes_per_record: float
+    """Expected in the tar."""
+
+    def readers(self) -> tuple[LmdbReader, LmdbReader]:
+        """Of the images and of the masks (one and the same if they are together)."""
+        images = LmdbReader(self.path)
+        return images, images if self.mask_path is None else LmdbReader(self.mask_path)
+
+    def check_unchanged(self) -> None:
+        """UserError if somebody has written to the LMDB since it was opened first."""
+        if _versions(*self.readers()) != self.versions:
+            raise UserError(f"{self.path}: it is being written to; start again when its writer has ended")
+
+
+def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Origin]:
+    """All LMDBs of the given roots, in order. UserError unless every one can be converted."""
+    found = [(root, path) for root in roots for path in find_lmdbs(root)]
+    names = _names([Path(os.path.abspath(root)) for root, _ in found], [path.relative_to(root) for root, path in found])
+    origins = []
+    for (root, path), name in zip(found, names, strict=True):
+        mask_path = _mask_path(root, path, mask_roots) if mask_roots else None
+        origins.append(_open(name, path, mask_path))
+    return origins
+
+
+def _names(roots: list[Path], below: list[Path]) -> list[str]:
+    """What to call LMDBs that lie `below` their `roots`: as much of the path as tells them apart, but at least the
+    root's own name. It depends on no more of the machine's folders than that."""
+    for depth in range(1, max(len(root.parts) for root in roots) + 1):
+        names = [str(Path(*root.parts[-depth:]) / path).lstrip("/") for root, path in zip(roots, below, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(name for name in names if names.count(name) > 1)
+    raise UserError(f"/{twice}: given twice; name each LMDB once in --src")
+
+
+def _mask_path(root: Path, path: Path, mask_roots: Sequence[Path]) -> Path:
+    """Where the masks of an LMDB are: `training/X` has them in `Mask/X` or `Mask/training/X`."""
+    below, name = path.relative_to(root), Path(os.path.abspath(root)).name
+    places = [mask_root / inner for mask_root in mask_roots for inner in (below, Path(name) / below)]
+    for place in places:
+        if (place / FILE).is_file():
+            return place
+    raise UserError(
+        f"{path}: no LMDB with its masks at {' or '.join(map(str, places))}; add it, or leave out --mask-src"
+    )
+
+
+def _versions(images: LmdbReader, masks: LmdbReader) -> tuple[tuple[int, int], ...]:
+    return (images.version(),) if masks is images else (images.version(), masks.version())
+
+
+def _open(name: str, path: Path, mask_path: Path | None) -> Origin:
+    images = LmdbReader(path)
+    masks = images if mask_path is None else LmdbReader(mask_path)
+    with images, masks:
+        versions = _versions(images, masks)
+        records = len(images)
+        if mask_path is not None and not masks.has("mask"):
+            raise UserError(f"{mask_path}: no mask-%09d keys here; give LMDBs with masks as --mask-src")
+        digest, bytes_in_tar = hashlib.sha256(b"%d" % records), 0
+        numbers = np.unique(np.linspace(1, records, PROBES).astype(int))
+        for number in map(int, numbers):
+            for part in (images.image(number), images.label_bytes(number), masks.mask(number)):
+                digest.update(b"-" if part is None else hashlib.sha256(part).digest())
+                bytes_in_tar += 0 if part is None else BLOCK + (len(part) + BLOCK - 1) // BLOCK * BLOCK
+    source = Source(name, records, digest.hexdigest())
+    return Origin(source, path, mask_path, versions, bytes_in_tar / len(numbers))
