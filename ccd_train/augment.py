@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccd_train.draws import field, mix, uniform
+from ccd_train.draws import field, mix, operation_word, uniform
 from ccd_train.geometry import Affine, sample_theta, warp_images
-from ccd_train.photometric import contrast, noise
-from ccd_train.severities import RANGES, Augment, Chain, Group
+from ccd_train.photometric import blur, clahe, color, contrast, filters, jpeg, noise, weather
+from ccd_train.severities import RANGES, WHOLE, Augment, Chain, Group
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as every ViT of this family is fed
 STD = (0.229, 0.224, 0.225)
@@ -28,11 +28,56 @@ OPERATIONS: dict[str, Operation] = {
     for operation in (
         noise.add_elementwise,
         noise.gaussian_noise,
+        noise.laplace_noise,
+        noise.poisson_noise,
         noise.multiply,
+        noise.multiply_elementwise,
+        noise.dropout,
+        noise.coarse_dropout,
+        noise.drop_channels,
+        noise.impulse_noise,
+        noise.salt_and_pepper,
+        noise.salt,
+        noise.pepper,
         noise.invert,
         noise.solarize,
+        jpeg.jpeg,
+        filters.emboss,
+        filters.edge_detect,
+        filters.directed_edge_detect,
+        filters.edge_enhance_more,
+        filters.contour,
+        color.hue,
+        color.hue_far,
+        color.brightness,
+        color.multiply_brightness,
+        color.multiply_hue_saturation,
+        color.add_hue_saturation,
+        color.grey_blend,
+        color.kmeans_colors,
+        color.uniform_colors,
+        color.temperature,
+        color.channel_shuffle,
+        filters.sharpen,
+        blur.gaussian_blur,
+        blur.average_blur,
+        blur.median_blur_3,
+        blur.median_blur_5,
+        blur.median_blur_7,
+        blur.motion_blur,
+        blur.bilateral_blur,
         contrast.gamma,
         contrast.linear_contrast,
+        contrast.sigmoid_contrast,
+        contrast.log_contrast,
+        contrast.equalize,
+        contrast.equalize_channels,
+        clahe.clahe,
+        clahe.clahe_channels,
+        weather.fog,
+        weather.clouds,
+        weather.snow,
+        weather.rain,
     )
 }
 
@@ -69,15 +114,16 @@ class Stage:
     """One group of a chain for one batch of N images, on the host."""
 
     order: Tensor  # int64 [N]: which image stands where; those that draw nothing stand last
+    seeds: Tensor  # int64 [N], in that order: what draws per pixel are made from
     parameters: Tensor  # float32 [N, columns], in that order
     slices: list[Slice]
 
-    def apply(self, images: Tensor, keys: Tensor, columns: Tensor) -> None:
-        """Changes images [N, 3, H, W] in place; they, their keys [N] and parameters [N, columns] stand in the order."""
+    def apply(self, images: Tensor, seeds: Tensor, columns: Tensor) -> None:
+        """Changes images [N, 3, H, W] in place; they, their seeds [N] and parameters [N, columns] stand in the order."""
         for part in self.slices:
             rows = slice(part.start, part.stop)
             values = columns[rows, : part.parameters, None, None, None].unbind(1)
-            images[rows] = OPERATIONS[part.operation](images[rows], keys[rows], *values)
+            images[rows] = OPERATIONS[part.operation](images[rows], seeds[rows], *values)
         if self.slices:
             images[: self.slices[-1].stop].clamp_(0, 255).round_()
 
@@ -90,14 +136,22 @@ class Table:
         weights = torch.tensor(list(group.operations.values()), dtype=torch.float64)
         self.bounds = weights.cumsum(0) / weights.sum()
         self.counts = [len(parameters(operation)) for operation in self.operations]
+        self.words = torch.tensor([operation_word(operation) for operation in [*self.operations, "none"]])
         # one row more for "none"; a parameter without a range is a draw from [0, 1) as it is
         self.low = torch.zeros(len(self.operations) + 1, max(self.counts))
         self.span = torch.ones_like(self.low)
+        self.whole = torch.zeros_like(self.low, dtype=torch.bool)
         for row, operation in enumerate(self.operations):
             for column, parameter in enumerate(parameters(operation)):
-                if f"{operation}.{parameter}" in RANGES:
-                    low, high = chain.range(f"{operation}.{parameter}")
-                    self.low[row, column], self.span[row, column] = low, high - low
+                name = f"{operation}.{parameter}"
+                if name in RANGES:
+                    low, high = chain.range(name)
+                    whole = name in WHOLE
+                    self.low[row, column], self.span[row, column], self.whole[row, column] = (
+                        low,
+                        high - low + whole,
+                        whole,
+                    )
 
     def stage(self, keys: Tensor, skip: Tensor) -> Stage:
         """What images with these keys [N] draw; none where skip [N]."""
@@ -106,7 +160,8 @@ class Table:
         none = skip | (draws[:, 0] >= self.probability)
         chosen = chosen.masked_fill(none, len(self.operations))
         order = chosen.argsort(stable=True)
-        drawn = torch.addcmul(self.low[chosen], self.span[chosen], draws[:, 2:])[order]
+        drawn = torch.addcmul(self.low[chosen], self.span[chosen], draws[:, 2:])
+        drawn = torch.where(self.whole[chosen], drawn.floor(), drawn)
         stops = chosen.bincount(minlength=len(self.operations)).cumsum(0).tolist()
         starts = [0, *stops]
         slices = [
@@ -114,7 +169,8 @@ class Table:
             for operation, start, stop, count in zip(self.operations, starts, stops, self.counts, strict=False)
             if stop > start
         ]
-        return Stage(order, drawn, slices)
+        seeds = mix(keys, self.words[chosen])
+        return Stage(order, seeds[order], drawn[order], slices)
 
 
 class Augmentation:
@@ -158,7 +214,7 @@ class Augmentation:
         for stage in stages:
             moves.append(places[stage.order])
             places = stage.order.argsort()
-        indices = upload(torch.stack([*moves, *(keys[stage.order] for stage in stages), places]), images_u8.device)
+        indices = upload(torch.stack([*moves, *(stage.seeds for stage in stages), places]), images_u8.device)
         columns = upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
         images = images_u8.float()
         for number, stage in enumerate(stages):

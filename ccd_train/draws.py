@@ -61,16 +61,23 @@ def uniform(keys: Tensor, operation: str) -> Tensor:
 
 
 def field(keys: Tensor, operation: str, size: int) -> Tensor:
-    """float32 [B, size] in [0, 1): for example one draw per pixel. 32-bit arithmetic, which CPUs do eight at a time."""
-    words = mix(keys, operation_word(operation))
+    """float32 [B, size] in [0, 1) per key: for example one draw per pixel."""
+    return spread(mix(keys, operation_word(operation)), size)
+
+
+def spread(words: Tensor, size: int) -> Tensor:
+    """float32 [B, size] in [0, 1) from int64 words [B]. In 32-bit arithmetic, which CPUs do eight at a time."""
     low = words.to(torch.int32)[:, None]  # int64 → int32 keeps the low bits
     high = _shift(words, 32, 64).to(torch.int32)[:, None]
-    index = torch.arange(size, dtype=torch.int32, device=keys.device)[None, :]
-    x = (index * _signed(0x9E3779B1, 32) + low) ^ high
-    x = (x ^ _shift(x, 16, 32)) * _signed(0x85EBCA6B, 32)
-    x = (x ^ _shift(x, 13, 32)) * _signed(0xC2B2AE35, 32)
-    x = x ^ _shift(x, 16, 32)
-    return _shift(x, 8, 32).to(torch.float32) * 2.0**-24
+    x = torch.arange(size, dtype=torch.int32, device=words.device)[None, :] * _signed(0x9E3779B1, 32) + low
+    x ^= high
+    shifted = torch.empty_like(x)
+    for by, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        torch.bitwise_right_shift(x, by, out=shifted)
+        x ^= shifted.bitwise_and_((1 << (32 - by)) - 1)
+        if factor != 1:
+            x *= _signed(factor, 32)
+    return _shift(x, 8, 32).to(torch.float32).mul_(2.0**-24)
 
 
 def permutation(size: int, *words: int) -> np.ndarray:

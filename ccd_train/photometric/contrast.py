@@ -1,35 +1,80 @@
-"""Contrast: curves of one grey level each, looked up; and histograms."""
+"""Contrast: curves that every grey level goes through, and the equalisation of histograms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from ccd_train.photometric.color import luma
 
 LEVELS = 256
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replaces every grey level by what its image's table [B, 256] or [B, 3, 256] says.
+    """Replaces every grey level by what its row's table says: tables [R, 256], R rows to the images' [B, C, H, W].
 
     Takes a fifth of the time of computing a power.
     """
-    per_table = images[0].numel() if tables.dim() == 2 else images[0, 0].numel()
-    rows = tables.reshape(-1, LEVELS)
-    offsets = torch.arange(0, rows.numel(), LEVELS, dtype=torch.int32, device=images.device)
-    index = images.to(torch.int32).view(len(rows), per_table) + offsets[:, None]
-    return rows.reshape(-1).index_select(0, index.view(-1)).view_as(images)
+    offsets = torch.arange(0, tables.numel(), LEVELS, dtype=torch.int32, device=images.device)
+    index = images.to(torch.int32).view(len(tables), -1) + offsets[:, None]
+    return tables.reshape(-1).index_select(0, index.view(-1)).view_as(images)
 
 
-def grey_levels(images: Tensor) -> Tensor:
-    """float32 [1, 256]: 0 … 255."""
-    return torch.arange(LEVELS, dtype=torch.float32, device=images.device)[None]
+def histogram(images: Tensor, rows: int) -> Tensor:
+    """Counts of the whole grey levels: float32 [rows, 256], rows dividing the images' [B, C, H, W]."""
+    index = images.to(torch.int64).view(rows, -1)
+    ones = torch.ones((), device=images.device).expand_as(index)
+    return torch.zeros(rows, LEVELS, device=images.device).scatter_add_(1, index, ones)
 
 
-def gamma(images: Tensor, keys: Tensor, exponent: Tensor) -> Tensor:
+def gamma(images: Tensor, seeds: Tensor, exponent: Tensor) -> Tensor:
     """255 (v / 255)^exponent."""
-    return look_up(images, (grey_levels(images) / 255).pow(exponent.view(-1, 1)) * 255)
+    return look_up(images, _shares(images).pow(exponent.view(-1, 1)) * 255)
 
 
-def linear_contrast(images: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
+def linear_contrast(images: Tensor, seeds: Tensor, factor: Tensor) -> Tensor:
     """127 + factor (v − 127)."""
     return images.sub_(127).mul_(factor).add_(127)
+
+
+def sigmoid_contrast(images: Tensor, seeds: Tensor, gain: Tensor, cutoff: Tensor) -> Tensor:
+    """255 / (1 + exp(gain (cutoff − v / 255)))."""
+    curve = torch.sigmoid((_shares(images) - cutoff.view(-1, 1)) * gain.view(-1, 1))
+    return look_up(images, curve * 255)
+
+
+def log_contrast(images: Tensor, seeds: Tensor, gain: Tensor) -> Tensor:
+    """255 gain log₂(1 + v / 255)."""
+    return look_up(images, (1 + _shares(images)).log2() * gain.view(-1, 1) * 255)
+
+
+def equalize(images: Tensor, seeds: Tensor) -> Tensor:
+    """Equalises the histogram of the luma and moves the channels with it."""
+    return replace_luma(images, lambda grey: look_up(grey, equalizing(histogram(grey, len(grey)))))
+
+
+def equalize_channels(images: Tensor, seeds: Tensor) -> Tensor:
+    """Equalises the histogram of each channel by itself."""
+    return look_up(images, equalizing(histogram(images, 3 * len(images))))
+
+
+def replace_luma(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Adds to the channels what `change` does to the rounded luma [B, 1, H, W]."""
+    grey = luma(images).round_()
+    return images.add_(change(grey).sub_(grey))
+
+
+def equalizing(counts: Tensor) -> Tensor:
+    """The tables [R, 256] that equalise histograms [R, 256], as OpenCV: the darkest level in use becomes 0."""
+    total = counts.cumsum(1)
+    darkest = torch.where(total > 0, total, counts.sum(1, keepdim=True)).amin(dim=1, keepdim=True)
+    rest = total[:, -1:] - darkest
+    tables = (total - darkest).clamp_(min=0) * (255 / rest.clamp(min=1))
+    return torch.where(rest > 0, tables, torch.arange(LEVELS, dtype=torch.float32, device=counts.device))
+
+
+def _shares(images: Tensor) -> Tensor:
+    """float32 [1, 256]: every grey level as a share of 255."""
+    return torch.arange(LEVELS, dtype=torch.float32, device=images.device)[None] / 255

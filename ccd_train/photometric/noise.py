@@ -1,4 +1,4 @@
-"""Noise, and what else happens pixel by pixel at random."""
+"""Noise, and what else changes each pixel by itself."""
 
 from __future__ import annotations
 
@@ -7,36 +7,131 @@ import math
 import torch
 from torch import Tensor
 
-from ccd_train.draws import field
+from ccd_train.draws import spread
 
 
-def noise_field(images: Tensor, keys: Tensor, operation: str, channels: int = 1) -> Tensor:
-    """float32 [B, channels, H, W] in [0, 1)."""
+def draw(images: Tensor, seeds: Tensor, channels: int = 1) -> Tensor:
+    """float32 [B, channels, H, W] in [0, 1), one per pixel and channel."""
     height, width = images.shape[-2:]
-    return field(keys, operation, channels * height * width).view(-1, channels, height, width)
+    return spread(seeds, channels * height * width).view(-1, channels, height, width)
 
 
-def add_elementwise(images: Tensor, keys: Tensor, bound: Tensor) -> Tensor:
-    """Adds a number drawn from ±bound to every pixel, the same to its channels."""
-    return images.add_(noise_field(images, keys, "add_elementwise").mul_(2).sub_(1).mul_(bound))
+def draw_channels(images: Tensor, seeds: Tensor, per_channel: Tensor) -> Tensor:
+    """float32 [B, 3, H, W] in [0, 1): the channels apart where per_channel [B, 1, 1, 1] < ½, else all the same."""
+    draws = draw(images, seeds, 3)
+    apart = (per_channel < 0.5).to(draws.dtype)
+    first = draws[:, :1].clone()
+    return draws.sub_(first).mul_(apart).add_(first)
 
 
-def gaussian_noise(images: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    """Box and Muller (1958): two uniforms make two normals; the left half of the image takes the cosines."""
-    height, width = images.shape[-2:]
-    first, second = field(keys, "gaussian_noise", height * width).view(-1, 1, height, width).chunk(2, dim=-1)
+def normal_from(draws: Tensor) -> Tensor:
+    """Standard normals from uniform draws [B, 1, H, W] (Box and Muller 1958): the left half and the right make both."""
+    first, second = draws.chunk(2, dim=-1)
     radius = (1 - first).log_().mul_(-2).sqrt_()
     angle = second * (2 * math.pi)
-    return images.add_(torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1) * scale)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
 
-def multiply(images: Tensor, keys: Tensor, factor: Tensor, per_channel: Tensor) -> Tensor:
-    return images.mul_(factor)
+def add_elementwise(images: Tensor, seeds: Tensor, bound: Tensor) -> Tensor:
+    """Adds a number from ±bound to every pixel, the same to its channels."""
+    return images.add_(draw(images, seeds).mul_(2).sub_(1).mul_(bound))
 
 
-def invert(images: Tensor, keys: Tensor, probability: Tensor, draw: Tensor) -> Tensor:
-    return torch.where(draw < probability, 255 - images, images)
+def gaussian_noise(images: Tensor, seeds: Tensor, scale: Tensor) -> Tensor:
+    return images.add_(normal_from(draw(images, seeds)).mul_(scale))
 
 
-def solarize(images: Tensor, keys: Tensor, probability: Tensor, threshold: Tensor, draw: Tensor) -> Tensor:
+def laplace_noise(images: Tensor, seeds: Tensor, scale: Tensor) -> Tensor:
+    """By the inverse of the distribution function: −scale · sign(v) · ln(1 − |v|) of v uniform in (−1, 1)."""
+    sides = draw(images, seeds).mul_(2).sub_(1 - 2.0**-24)  # never −1 or 1
+    return images.add_(sides.sign().mul_(sides.abs_().neg_().log1p_()).mul_(-scale))
+
+
+def poisson_noise(images: Tensor, seeds: Tensor, rate: Tensor) -> Tensor:
+    """Adds a Poisson count with a random sign.
+
+    The count is rounded from a normal z by the first terms of Cornish and Fisher's expansion (1938):
+    rate + √rate z + (z² − 1)/6, not below 0. At rates above 2, mean and variance are those of Poisson within 4 %.
+    """
+    draws, sides = draw(images, seeds, 2).split(1, dim=1)
+    normal = normal_from(draws)
+    count = (normal * normal).sub_(1).div_(6).add_(normal * rate.sqrt()).add_(rate).round_().clamp_(min=0)
+    return images.add_(count.mul_((sides - 0.5).sign_()))
+
+
+def multiply(
+    images: Tensor, seeds: Tensor, spread: Tensor, per_channel: Tensor, red: Tensor, green: Tensor, blue: Tensor
+) -> Tensor:
+    """A factor from 1 ± spread, one for all channels, or one each where per_channel < ½."""
+    draws = torch.where(per_channel < 0.5, torch.cat([red, green, blue], dim=1), red)
+    return images.mul_((2 * draws - 1) * spread + 1)
+
+
+def multiply_elementwise(images: Tensor, seeds: Tensor, spread: Tensor, per_channel: Tensor) -> Tensor:
+    """A factor from 1 ± spread for every pixel."""
+    return images.mul_(draw_channels(images, seeds, per_channel).mul_(2).sub_(1).mul_(spread).add_(1))
+
+
+def dropout(images: Tensor, seeds: Tensor, share: Tensor, per_channel: Tensor) -> Tensor:
+    """Blackens this share of the pixels."""
+    return images.mul_((draw_channels(images, seeds, per_channel) >= share).to(images.dtype))
+
+
+def coarse_dropout(images: Tensor, seeds: Tensor, share: Tensor, size: Tensor, per_channel: Tensor) -> Tensor:
+    """Blackens this share of the cells of a grid, which has size · H rows and size · W columns (3 at least)."""
+    height, width = images.shape[-2:]
+    rows, columns = (size * height).floor_().clamp_(3, height), (size * width).floor_().clamp_(3, width)
+    row = (torch.arange(height, device=images.device).view(1, 1, -1, 1) * rows).div_(height).floor_()
+    column = (torch.arange(width, device=images.device) * columns).div_(width).floor_()
+    cells = (row * width + column).to(torch.int64).expand(-1, 3, -1, -1)
+    draws = draw_channels(images, seeds, per_channel)
+    return images.mul_((draws.flatten(2).gather(2, cells.flatten(2)).view_as(images) >= share).to(images.dtype))
+
+
+def drop_channels(images: Tensor, seeds: Tensor, share: Tensor, red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    """Blackens each channel with probability `share`, but keeps one at least: the one with the highest draw."""
+    draws = torch.cat([red, green, blue], dim=1)
+    kept = (draws >= share) | (draws == draws.amax(dim=1, keepdim=True))
+    return images.mul_(kept.to(images.dtype))
+
+
+def impulse_noise(images: Tensor, seeds: Tensor, share: Tensor) -> Tensor:
+    """Salt and pepper in each channel by itself."""
+    return _replace(images, draw(images, seeds, 3), share, 0.0, 1.0)
+
+
+def salt_and_pepper(images: Tensor, seeds: Tensor, share: Tensor) -> Tensor:
+    """Replaces this share of the pixels by greys that are mostly near black or white (distribution Beta(½, ½))."""
+    return _replace(images, draw(images, seeds), share, 0.0, 1.0)
+
+
+def salt(images: Tensor, seeds: Tensor, share: Tensor) -> Tensor:
+    """The light half of salt and pepper."""
+    return _replace(images, draw(images, seeds), share, 0.5, 1.0)
+
+
+def pepper(images: Tensor, seeds: Tensor, share: Tensor) -> Tensor:
+    """The dark half of salt and pepper."""
+    return _replace(images, draw(images, seeds), share, 0.0, 0.5)
+
+
+def _replace(images: Tensor, draws: Tensor, share: Tensor, low: float, high: float) -> Tensor:
+    """Where a draw is below `share`, the same draw, rescaled, picks the quantile in [low, high] of Beta(½, ½).
+
+    Its quantile function is sin²(πq/2).
+    """
+    chosen = (draws < share).to(images.dtype)
+    quantile = draws.div_(share.clamp(min=1e-6)).mul_(high - low).add_(low).clamp_(max=1)
+    grey = quantile.mul_(math.pi / 2).sin_().square_().mul_(255)
+    return images.mul_(1 - chosen).add_(grey.mul_(chosen))
+
+
+def invert(images: Tensor, seeds: Tensor, probability: Tensor, draw: Tensor) -> Tensor:
+    """255 − v, or nothing."""
+    chosen = (draw < probability).to(images.dtype)
+    return images.mul_(1 - 2 * chosen).add_(255 * chosen)
+
+
+def solarize(images: Tensor, seeds: Tensor, probability: Tensor, threshold: Tensor, draw: Tensor) -> Tensor:
+    """255 − v where v ≥ threshold, or nothing."""
     return torch.where((draw < probability) & (images >= threshold), 255 - images, images)
