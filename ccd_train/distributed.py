@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
@@ -18,7 +20,8 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number; before `initialize`, the one that the launcher gave it."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
@@ -142,11 +145,17 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def agree(error: str | None) -> None:
-    """Raises the first rank's user error on all ranks, so that none waits for one that has refused."""
-    for number, message in enumerate(gather_objects(error)):
-        if message is not None:
-            raise UserError(message if world_size() == 1 else f"rank {number}: {message}")
+@contextmanager
+def together() -> Iterator[None]:
+    """A user error of any rank within becomes one on all ranks, so that none waits for one that has refused."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    first = next((found for found in gather_objects(message) if found is not None), None)
+    if first is not None:
+        raise UserError(first)
 
 
 def _free_port() -> int:

@@ -20,9 +20,12 @@ RANK_VARIABLES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
 
-BASE = {"errors", "draws", "config", "options", "severities", "schedules", "geometry", "charset", "distributed"}
+BASE = {
+    "errors", "files", "draws", "config", "options", "severities", "schedules", "rates", "geometry", "charset",
+    "distributed",
+}  # fmt: skip
 METHOD = {"augment", "photometric", "regions", "losses", "weights", "models", "data"}
-RUNTIME = {"engine", "ema", "checkpoint", "metrics"}
+RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "run"}
 LAYERS = ("base", "method", "runtime", "verbs")
 
 

@@ -1,0 +1,38 @@
+"""ccd-train: pretrains a text recogniser without labels, and what belongs to it.
+
+ccd-train VERB --help        (or python -m ccd_train VERB --help)
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from ccd_train.errors import UserError, run
+
+VERBS = {
+    "pretrain": "pretrain on shards; the same --run_dir again goes on where it stopped",
+    "curve": "draw the losses of a run as a picture",
+    "views": "draw the views, masks and regions of some samples",
+    "probe": "classify characters with frozen features",
+    "export": "write a run's weights for others",
+}
+
+
+def verb() -> int:
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print(__doc__)
+        print("\n".join(f"  {key:10} {text}" for key, text in VERBS.items()))
+        return 0
+    if name not in VERBS:
+        raise UserError(f"ccd-train {name}: no such verb; there are {', '.join(VERBS)}")
+    return importlib.import_module(f"ccd_train.{name}").main(arguments)  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    run(verb)
+
+
+if __name__ == "__main__":
+    main()

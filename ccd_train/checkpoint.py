@@ -1,0 +1,227 @@
+"""Checkpoints: complete or not there; found again, checked, thinned out, and read at any number of ranks.
+
+    RUN/checkpoints/
+        step_00010000/     DeepSpeed's files, one set per rank
+                           teacher.safetensors   the teacher's weights in fp32, and the centre
+                           state.json            step, position, settings, corpus, …
+                           layout.json           which rank's file holds which piece of which parameter
+                           COMPLETE              size and sha256 of every file; written last
+        latest             names the newest complete one
+        writing_step_…     a save that goes on, or that was killed; removed by the next one
+        step_….damaged     a checkpoint whose hashes did not hold
+
+A checkpoint is written under its temporary name by all ranks, then COMPLETE, then the folder gets its name. A kill at
+any moment leaves the ones before as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ccd_train import distributed
+from ccd_train.ema import Teacher
+from ccd_train.engine import Engine
+from ccd_train.files import Digest, digest, replace_file, sync_folder, write_file
+from ccd_train.losses import Center
+
+log = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE"
+CENTER = "center"  # beside the teacher's weights
+
+
+def save(run_dir: Path, engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> str | None:
+    """Writes the checkpoint of state["step"] (all ranks together); None, or why it could not be written."""
+    folder = run_dir / "checkpoints"
+    name = step_name(state["step"])
+    temporary = folder / f"writing_{name}"
+    error = _on_rank_0(lambda: _make_room(folder, temporary))
+    if error:
+        return error
+    written, failure = engine.save(folder, temporary.name)
+    weights = teacher.state_dict() | {CENTER: center.value.cpu()}
+    layout = distributed.gather_objects(
+        [(f.name, f.start, len(f.master), f.flat, f.flat_start) for f in engine.fragments]
+    )
+    if distributed.rank() == 0 and failure is None:
+        try:
+            written["teacher.safetensors"] = write_file(
+                temporary / "teacher.safetensors", safetensors.torch.save(weights)
+            )
+            written["state.json"] = write_file(temporary / "state.json", json.dumps(state, indent=2).encode())
+            written["layout.json"] = write_file(temporary / "layout.json", json.dumps(layout).encode())
+        except OSError as problem:
+            failure = problem
+    outcomes = distributed.gather_objects((written, failure and str(failure)))
+    for rank, (_, message) in enumerate(outcomes):
+        if message:
+            return f"rank {rank}: {message}"
+    files = {file: digest for written, _ in outcomes for file, digest in written.items()}
+    return _on_rank_0(lambda: _complete(folder, temporary, name, files))
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint whose hashes hold, the same on all ranks; damaged ones are renamed and named."""
+    while True:
+        candidate = distributed.broadcast_object(_newest_complete(run_dir) if distributed.rank() == 0 else None)
+        if candidate is None:
+            return None
+        damage = next((found for found in distributed.gather_objects(_damage(candidate)) if found), None)
+        if damage is None:
+            return candidate  # type: ignore[no-any-return]
+        log.warning("checkpoint %s is damaged (%s); taking the one before it", candidate, damage)
+        if distributed.rank() == 0:
+            os.replace(candidate, candidate.with_name(candidate.name + ".damaged"))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json holds: step, position, settings, …"""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf8"))  # type: ignore[no-any-return]
+
+
+def load(checkpoint: Path, engine: Engine, teacher: Teacher, center: Center) -> dict[str, Any]:
+    """Restores everything from a checkpoint that `newest` found (all ranks together); returns its state."""
+    state = read_state(checkpoint)
+    alike = state["world_size"] == distributed.world_size() and state["deepspeed"] == engine.description
+    if alike:
+        engine.load(checkpoint.parent, checkpoint.name)
+    else:
+        whole, module = read_whole(checkpoint)
+        engine.load_whole(whole, module, state["loss_scale"])
+    weights = safetensors.torch.load_file(checkpoint / "teacher.safetensors")
+    center.value.copy_(weights.pop(CENTER))
+    teacher.load_state_dict(weights)
+    return state
+
+
+def read_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """{"teacher": …, "student": …}: fp32 weights and buffers by name, from any ZeRO stage and number of ranks."""
+    teacher = safetensors.torch.load_file(checkpoint / "teacher.safetensors")
+    teacher.pop(CENTER)
+    whole, module = read_whole(checkpoint)
+    student = {name: value.float() for name, value in module.items()}
+    for name, parts in whole.items():
+        shape = module[name].shape if module[name].numel() else teacher[name].shape
+        student[name] = parts["fp32"].view(shape)
+    return {"teacher": teacher, "student": student}
+
+
+def read_whole(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The student put together from the files of all ranks: {parameter: {"fp32", "exp_avg", "exp_avg_sq" flattened,
+    "step"}}, and DeepSpeed's own `module` weights and buffers, which are low precision, or empty at stage 3.
+    """
+    stage = read_state(checkpoint)["deepspeed"]["stage"]
+    layout = json.loads((checkpoint / "layout.json").read_text(encoding="utf8"))
+    prefix = "zero_pp_rank_0_" if stage == 3 else ""
+    main = _read(checkpoint / f"{prefix}mp_rank_00_model_states.pt")
+    module: dict[str, Tensor] = main["module"]
+    whole: dict[str, dict[str, Tensor]] = {}
+    for rank, fragments in enumerate(layout if stage else layout[:1]):
+        weights, states = _optimizer_of(checkpoint, stage, rank, main)
+        for name, start, size, flat, flat_start in fragments:
+            flats = {
+                "fp32": weights(name, flat),
+                "exp_avg": states[flat]["exp_avg"],
+                "exp_avg_sq": states[flat]["exp_avg_sq"],
+            }
+            length = max(s + n for other in layout for key, s, n, _, _ in other if key == name)
+            parts = whole.setdefault(name, {key: torch.empty(length) for key in flats})
+            for key, value in flats.items():
+                parts[key][start : start + size] = value.view(-1)[flat_start : flat_start + size]
+            parts["step"] = states[flat]["step"]
+    return whole, module
+
+
+def thin(run_dir: Path, keep: int, keep_every: int) -> None:
+    """Removes all but the newest `keep` checkpoints and those whose step is a multiple of keep_every (rank 0)."""
+    if distributed.rank() != 0:
+        return
+    complete = [path for path in _steps(run_dir) if (path / COMPLETE).exists()]
+    for path in complete[:-keep]:
+        if not keep_every or step_of(path) % keep_every:
+            doomed = path.with_name(f"removing_{path.name}")
+            os.replace(path, doomed)  # first it stops being a checkpoint, then its files go
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _steps(run_dir: Path) -> list[Path]:
+    folder = run_dir / "checkpoints"
+    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdigit()) if folder.is_dir() else []
+
+
+def _newest_complete(run_dir: Path) -> Path | None:
+    return next((path for path in reversed(_steps(run_dir)) if (path / COMPLETE).exists()), None)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf8"))
+        for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
+            if digest(checkpoint / name) != Digest(*files[name]):
+                return f"{name} has changed"
+    except (OSError, json.JSONDecodeError) as error:
+        return str(error)
+    return None
+
+
+def _make_room(folder: Path, temporary: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("writing_*", "removing_*"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left)
+    temporary.mkdir()
+
+
+def _complete(folder: Path, temporary: Path, name: str, files: dict[str, Digest]) -> None:
+    write_file(temporary / COMPLETE, json.dumps(files, indent=2).encode())
+    sync_folder(temporary)
+    os.replace(temporary, folder / name)
+    replace_file(folder / "latest", f"{name}\n".encode())
+
+
+def _on_rank_0(work: Callable[[], None]) -> str | None:
+    """Does it on rank 0; None, or on every rank the error of the file system that rank 0 met."""
+    error = None
+    if distributed.rank() == 0:
+        try:
+            work()
+        except OSError as problem:
+            error = str(problem)
+    return distributed.broadcast_object(error)  # type: ignore[no-any-return]
+
+
+def _optimizer_of(
+    checkpoint: Path, stage: int, rank: int, main: dict[str, Any]
+) -> tuple[Callable[[str, int], Tensor], dict[int, dict[str, Tensor]]]:
+    """A rank's fp32 weights (by parameter or flat group) and AdamW states, as DeepSpeed stores them in each stage."""
+    if stage == 0:
+        return lambda name, flat: main["module"][name], main["optimizer"]["state"]
+    (path,) = checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    states = _read(path)["optimizer_state_dict"]
+    if stage == 3:
+        return lambda name, flat: states["fp32_flat_groups"][flat], states["optimizer_state_dict"]["state"]
+    return lambda name, flat: states["single_partition_of_fp32_groups"][flat], states["base_optimizer_state"]["state"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One of DeepSpeed's files, mapped rather than read. Its hash was checked: it may hold DeepSpeed's own classes."""
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # type: ignore[no-any-return]

@@ -1,0 +1,372 @@
+"""The student under DeepSpeed: one interface for every ZeRO stage. The only module that knows DeepSpeed.
+
+DeepSpeed keeps fp32 masters and gradients in another way in every stage. Here they are all `Fragment`s: pieces of
+flattened parameters that this rank holds. Clipping, the teacher's EMA and the checkpoints work on fragments and do not
+know of stages.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccd_train import distributed
+from ccd_train.config import Config
+from ccd_train.errors import UserError
+from ccd_train.files import Digest, write_file
+
+# DeepSpeed's keys that our configuration owns, and the field to set instead.
+OURS = {
+    "train_batch_size": "--train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "--train.micro_batch_size",
+    "gradient_accumulation_steps": "--train.global_batch_size (accumulation follows from it)",
+    "gradient_clipping": "--optimizer.clip_gradient",
+    "optimizer": "--optimizer.*",
+    "scheduler": "--optimizer.*",
+    "steps_per_print": "--log.every_steps",
+    "tensorboard": "--log.every_steps",
+    "activation_checkpointing": "--train.activation_checkpointing",
+}
+EPS = 1e-6  # DINO's, added to a gradient's norm before dividing
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of one parameter, flattened, as this rank's optimiser holds it."""
+
+    name: str
+    """The parameter's name in the student."""
+    start: int
+    """Index of the first element in the flattened parameter."""
+    master: Tensor
+    """float32 [n]: a view of the optimiser's own weights."""
+    flat: int
+    """Which of the optimiser's parameters `master` is a view of, in the order of its groups."""
+    flat_start: int
+    """Index of the first element in that parameter."""
+
+
+class Files:
+    """DeepSpeed's checkpoint engine of this run: writes through `write_file` and keeps what was written.
+
+    A full disk on one rank must not leave the others in DeepSpeed's barriers: an error of the file system is kept in
+    `error`, for all ranks to agree on afterwards, instead of raised.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[str, Digest] = {}
+        self.error: OSError | None = None
+
+    def create(self, info: Any) -> None:
+        self.written, self.error = {}, None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.error is None:
+            buffer = io.BytesIO()
+            torch.save(state_dict, buffer)
+            try:
+                self.written[Path(path).name] = write_file(Path(path), buffer.getbuffer())
+            except OSError as error:
+                self.error = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Of our own files, whose hashes were checked: they hold DeepSpeed's own classes."""
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folder is made by checkpoint.py, before any rank writes."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, data_parallel_rank: int) -> bool:
+        return data_parallel_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
+def read_deepspeed_file(name: str | None) -> tuple[str, dict[str, Any]]:
+    """The name and the content of a file of ds_configs/ (by name) or of the user's (by path).
+
+    Raises UserError where there is no such file, where it is no JSON, or where it sets what our configuration owns.
+    """
+    if name is None:
+        name = "zero1_bf16" if torch.cuda.is_available() else "zero1_fp32"
+    folder = resources.files("ds_configs")
+    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    try:
+        text = (folder / f"{name}.json" if name in known else Path(name)).read_text(encoding="utf8")
+        content = json.loads(text)
+    except OSError as error:
+        raise UserError(
+            f"--deepspeed {name}: {error.strerror}; there are {', '.join(known)}, or a .json file"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed {name}: not JSON ({error})") from None
+    for key in content:
+        if key in OURS:
+            raise UserError(f"--deepspeed {name}: {key} does not belong there; remove it and set {OURS[key]}")
+    if content.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
+        raise UserError(f"--deepspeed {name}: fp16 needs a GPU; on CPUs take zero1_fp32 or zero1_bf16")
+    return name, content
+
+
+def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
+    """AdamW's groups. No weight decay on biases and 1-D parameters (DINO, utils.py); the prototypes, which are frozen
+    at first, and the segmentation head, which the teacher lacks, are apart.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            part = "prototypes" if ".prototypes." in name else name.partition(".")[0]
+            part = "shared" if part in ("vit", "projection") else part
+            groups.setdefault((part, parameter.ndim > 1 and not name.endswith(".bias")), []).append(parameter)
+    return [{"params": members, "part": part, "decays": decays} for (part, decays), members in groups.items()]
+
+
+class Engine:
+    """The student, its gradients and its optimiser."""
+
+    def __init__(self, student: nn.Module, config: Config, accumulation: int) -> None:
+        """`student` on this rank's device, with the same weights on every rank."""
+        deepspeed = _import_deepspeed()
+        self.name, content = read_deepspeed_file(config.deepspeed)
+        optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, betas=config.optimizer.betas)
+        content |= {
+            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0,  # left out, it would be a global norm of 1
+            "steps_per_print": 1 << 62,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        self.stage = int(content.get("zero_optimization", {}).get("stage", 0))
+        self._offload = "offload_optimizer" in content.get("zero_optimization", {})
+        self._names = {id(parameter): name for name, parameter in student.named_parameters()}
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=student, optimizer=optimizer, config=content, dist_init_required=False
+        )
+        if self.stage in (1, 2):
+            self._optimizer.check_grad_overflow = True  # DeepSpeed looks in bf16 and fp16 only
+        self._base = getattr(self._optimizer, "optimizer", self._optimizer)
+        self._flats: list[Tensor] = [flat for group in self._base.param_groups for flat in group["params"]]
+        self.fragments = self._find_fragments()
+        self._indices = {name: index for index, name in enumerate(self._names.values())}
+        self._files = self._engine.checkpoint_engine = Files()
+        self._engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, which nobody here runs
+
+    @property
+    def student(self) -> nn.Module:
+        return self._engine.module  # type: ignore[no-any-return]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds only its own part of the masters."""
+        return self.stage > 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights in the forward pass."""
+        return next(self.student.parameters()).dtype
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What must be the same for DeepSpeed to load its own files."""
+        return {"stage": self.stage, "dtype": str(self.dtype), "offload": self._offload}
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self._optimizer, "loss_scale", 1.0))
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self._engine(*arguments, **named)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of loss / accumulation; after a step's last micro-batch it is the average over ranks."""
+        assert last == self._engine.is_gradient_accumulation_boundary()
+        self._engine.backward(loss)
+        if not last:
+            self._engine.step()  # only counts
+
+    def set_rates(self, lr: float, weight_decay: float, prototypes_frozen: bool) -> None:
+        """Of the step to come. A frozen group has rate 0: its weights then stay as they are, to the bit."""
+        for group in self._base.param_groups:
+            group["lr"] = 0.0 if prototypes_frozen and group["part"] == "prototypes" else lr
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+    def forget_prototype_moments(self) -> None:
+        """Starts the optimiser of the prototypes afresh: what it gathered while they were frozen would make its first
+        steps several times the learning rate (official code: gradients None until the thaw, so no state).
+        """
+        for group in self._base.param_groups:
+            if group["part"] == "prototypes":
+                for parameter in group["params"]:
+                    for value in self._base.state.get(parameter, {}).values():
+                        value.zero_()
+
+    def gradient_norms(self) -> Tensor:
+        """The L2 norm of every parameter's whole gradient, float32 [number of parameters]; one collective in all."""
+        squares = torch.zeros(len(self._names), device=distributed.device())
+        pieces = self._gradients()
+        index = torch.tensor([self._indices[name] for name, _ in pieces], device=squares.device)
+        if pieces:
+            norms = torch._foreach_norm([piece for _, piece in pieces], 2, dtype=torch.float32)
+            squares.index_add_(0, index, torch.stack([norm.to(squares.device) for norm in norms]).square())
+        if self.sharded:
+            distributed.all_reduce_sum(squares)
+        return squares.sqrt() / self.loss_scale
+
+    def clip(self, norms: Tensor, largest: float) -> None:
+        """Scales each parameter's gradient down to the norm `largest` (DINO's rule: each tensor by itself)."""
+        factors = (largest / (norms + EPS)).clamp(max=1.0)
+        for name, piece in self._gradients():
+            piece.mul_(factors[self._indices[name]].to(piece))
+
+    def step(self, finite: bool) -> bool:
+        """Updates the weights; False where the step was skipped, on all ranks alike: nothing has changed then."""
+        if self.sharded or finite:
+            if not finite:
+                self._poison()  # a loss may be infinite while its gradient is not
+            self._engine.step()
+            return bool(self._engine.was_step_applied())
+        self._engine.zero_grad()
+        self._engine.micro_steps += 1
+        return False
+
+    def save(self, folder: Path, tag: str) -> tuple[dict[str, Digest], OSError | None]:
+        """This rank's part of DeepSpeed's checkpoint into folder/tag: the files written, or why they could not be."""
+        # DeepSpeed's own conversion to its universal format wants the second key.
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"universal_checkpoint_info": {}}, save_latest=False
+        )
+        return self._files.written, self._files.error
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restores weights, buffers, optimiser and loss scale, from as many ranks and the same description."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        assert path is not None, f"DeepSpeed found nothing to load in {folder / tag}"
+
+    @torch.no_grad()
+    def load_whole(self, whole: dict[str, dict[str, Tensor]], module: dict[str, Tensor], loss_scale: float) -> None:
+        """Takes this rank's part of whole fp32 weights and moments, whatever ranks and stage they come from.
+
+        whole: {parameter: {"fp32", "exp_avg", "exp_avg_sq": flattened, "step": scalar}}; module: what is in no
+        optimiser, buffers and frozen parameters.
+        """
+        for fragment in self.fragments:
+            part = slice(fragment.start, fragment.start + len(fragment.master))
+            fragment.master.copy_(whole[fragment.name]["fp32"][part])
+            state = self._state(fragment.flat)
+            for key in ("exp_avg", "exp_avg_sq"):
+                target = state[key].view(-1)[fragment.flat_start : fragment.flat_start + len(fragment.master)]
+                target.copy_(whole[fragment.name][key][part])
+            state["step"].copy_(whole[fragment.name]["step"])
+        targets = dict(self.student.named_buffers()) | dict(self.student.named_parameters())
+        for name, value in module.items():
+            if (
+                targets[name].shape == value.shape
+            ):  # stage 3 shows its parameters as empty; the frozen ones never change
+                targets[name].copy_(value)
+        if self.stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.stage == 3:
+            for group, flat in zip(
+                self._optimizer.fp16_groups, self._optimizer.fp32_partitioned_groups_flat, strict=True
+            ):
+                for parameter, piece in zip(group, flat.split([p.ds_tensor.ds_numel for p in group]), strict=True):
+                    parameter.ds_tensor.data.copy_(piece)
+        if hasattr(self._optimizer, "loss_scaler"):
+            self._optimizer.loss_scaler.cur_scale = loss_scale
+
+    def _state(self, flat: int) -> dict[str, Tensor]:
+        """AdamW's state of one of its parameters; made where there was no step yet."""
+        parameter = self._flats[flat]
+        if not self._base.state.get(parameter):
+            self._base.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return self._base.state[parameter]  # type: ignore[no-any-return]
+
+    def _find_fragments(self) -> list[Fragment]:
+        if self.stage == 0:
+            return [
+                Fragment(self._names[id(parameter)], 0, parameter.data.view(-1), index, 0)
+                for index, parameter in enumerate(self._flats)
+            ]
+        return self._fragments_of_flat_groups() if self.stage < 3 else self._fragments_of_parameters()
+
+    def _fragments_of_flat_groups(self) -> list[Fragment]:
+        """Stages 1 and 2: a group is one flat tensor, cut into equal parts regardless of the parameters' borders."""
+        fragments: list[Fragment] = []
+        for index, group in enumerate(self._optimizer.bit16_groups):
+            assert self._flats[index] is self._optimizer.single_partition_of_fp32_groups[index]
+            for parameter in group:
+                here = parameter._hp_mapping
+                if here is not None:
+                    name, master = self._names[id(parameter)], here.hp_fragment.view(-1)
+                    start, flat_start = here.lp_fragment_address.start, here.hp_fragment_address.start
+                    fragments.append(Fragment(name, start, master, index, flat_start))
+        return fragments
+
+    def _fragments_of_parameters(self) -> list[Fragment]:
+        """Stage 3: every parameter is cut into equal parts, the last padded; a group's parts lie behind each other."""
+        fragments: list[Fragment] = []
+        for index, group in enumerate(self._optimizer.fp16_groups):
+            flat, offset = self._flats[index], 0
+            assert flat is self._optimizer.fp32_partitioned_groups_flat[index]
+            for parameter in group:
+                size = parameter.ds_tensor.ds_numel
+                start = distributed.rank() * size
+                held = max(0, min(size, parameter.ds_numel - start))
+                if held:
+                    master = flat.data.narrow(0, offset, held)
+                    fragments.append(Fragment(self._names[id(parameter)], start, master, index, offset))
+                offset += size
+        return fragments
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        """This rank's pieces of the averaged gradients, between backward and step; writing to them counts."""
+        pieces: list[tuple[str, Tensor]] = []
+        if self.stage == 3:
+            for index, group in enumerate(self._optimizer.fp16_groups):
+                gradients = self._optimizer.averaged_gradients[index]
+                pieces += [(self._names[id(p)], piece) for p, piece in zip(group, gradients, strict=True)]
+            return pieces
+        for parameter in self.student.parameters():
+            name = self._names[id(parameter)]
+            if self.stage == 0:
+                if parameter.grad is not None:
+                    pieces.append((name, parameter.grad))
+            elif (here := getattr(parameter, "_hp_mapping", None)) is not None:
+                pieces.append((name, here.get_lp_grad_fragment(parameter._index_in_param_group)))  # type: ignore[attr-defined]
+        return pieces
+
+    def _poison(self) -> None:
+        for _, piece in self._gradients()[:1]:
+            piece.view(-1)[:1] = torch.nan
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without its chatter: it logs through a logger of its own and warns of its own calls into torch."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed

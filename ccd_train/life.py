@@ -1,0 +1,137 @@
+"""One life of a run: what stops it, what it may go on from, and what it leaves in the run folder about itself.
+
+RUN/config.yaml        the settings in force       RUN/identity.json    what a later life is compared with
+RUN/environment.txt    hosts and versions, a block for every life
+RUN/outcome.json       how the last life ended: finished, refused, failed, or unfinished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ccd_train import distributed
+from ccd_train.config import Config, identity
+from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, UserError
+from ccd_train.files import replace_file, write_json
+from ccd_train.options import describe, to_dict
+
+WORDS = {FINISHED: "finished", REFUSED: "refused", FAILED: "failed", UNFINISHED: "unfinished"}
+PACKAGES = ("torch", "deepspeed", "numpy", "opencv-python", "webdataset", "lmdb", "safetensors")
+
+
+class Stop:
+    """Whether this life should end: a signal has come, or the time is nearly over."""
+
+    def __init__(self, max_minutes: float | None) -> None:
+        """From now on SIGTERM, SIGUSR1 and SIGINT only ask; a second one changes nothing."""
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._signal: str | None = None
+        self.save_seconds = 0.0
+        """What the longest save so far took; twice as much is kept for the last one."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds of the clock that the time limit runs by."""
+        return time.monotonic()
+
+    def wanted(self) -> bool:
+        return self._signal is not None or self._time_is_over()
+
+    def reason(self) -> str:
+        return self._signal or ("--max-minutes is nearly over" if self._time_is_over() else "another rank was asked to")
+
+    def _time_is_over(self) -> bool:
+        return self._deadline is not None and time.monotonic() + 2 * self.save_seconds >= self._deadline
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._signal = self._signal or signal.Signals(number).name
+
+
+def open_run_dir(config: Config) -> Path:
+    """Makes the run folder (rank 0); UserError on every rank where that cannot be."""
+    assert config.run_dir is not None
+    with distributed.together():
+        if distributed.rank() == 0:
+            try:
+                config.run_dir.mkdir(parents=True, exist_ok=True)
+                (config.run_dir / "outcome.json").unlink(missing_ok=True)
+                replace_file(config.run_dir / "config.yaml.new", b"")
+                (config.run_dir / "config.yaml.new").unlink()
+            except OSError as error:
+                raise UserError(
+                    f"--run_dir {config.run_dir}: {error.strerror}; name a folder you may write to"
+                ) from None
+    return config.run_dir
+
+
+def claim(run_dir: Path, config: Config, corpus: str, global_batch: int | None) -> int | None:
+    """Makes sure that this configuration and corpus are those of the run folder; returns the run's global batch.
+
+    `global_batch` None takes what the first life fixed, and is None where there was none. UserError with the
+    differences where it is another run, unless --resume.allow_change.
+    """
+    mine = identity(to_dict(config)) | {"corpus": corpus, "train.global_batch_size": global_batch}
+    try:
+        known = json.loads((run_dir / "identity.json").read_text(encoding="utf8"))
+    except FileNotFoundError:
+        known = None
+    if known is not None and global_batch is None:
+        mine["train.global_batch_size"] = global_batch = known["train.global_batch_size"]
+    if known is not None and known != mine:
+        names = [name for name in sorted(known | mine) if known.get(name) != mine.get(name)]
+        differences = ", ".join(f"{name}: {known.get(name)} → {mine.get(name)}" for name in names)
+        if not config.resume.allow_change:
+            raise UserError(
+                f"{run_dir} belongs to another run ({differences}); take another --run_dir, "
+                "the run's own settings, or --resume.allow_change"
+            )
+    return global_batch
+
+
+def describe_run(run_dir: Path, config: Config, corpus: str, global_batch: int) -> None:
+    """Writes config.yaml, identity.json and a block of environment.txt (rank 0)."""
+    hosts = distributed.gather_objects(socket.gethostname())
+    if distributed.rank() == 0:
+        mine = identity(to_dict(config)) | {"corpus": corpus, "train.global_batch_size": global_batch}
+        write_json(run_dir / "identity.json", mine)
+        replace_file(run_dir / "config.yaml", describe(config).encode())
+        with (run_dir / "environment.txt").open("a", encoding="utf8") as file:
+            file.write(environment(hosts))
+
+
+def environment(hosts: list[str]) -> str:
+    """Hosts, versions and the commit of the code, as text."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [
+        f"started {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
+        f"hosts {', '.join(f'{host} × {hosts.count(host)}' for host in dict.fromkeys(hosts))}",
+        f"python {platform.python_version()} on {platform.platform()}",
+        *(f"{package} {metadata.version(package)}" for package in PACKAGES),
+        f"commit {commit.stdout.strip() or 'unknown'}",
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+def write_outcome(run_dir: Path | None, code: int, message: str) -> None:
+    """Says in RUN/outcome.json how this life ended, for launchers: torchrun hides exit codes (rank 0)."""
+    if distributed.rank() == 0 and run_dir is not None and run_dir.is_dir() and os.access(run_dir, os.W_OK):
+        values: dict[str, Any] = {"outcome": WORDS[code], "code": code, "message": message, "time": time.time()}
+        write_json(run_dir / "outcome.json", values)

@@ -1,0 +1,98 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, and one line of progress (rank 0 only)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ccd_train.errors import UserError
+
+QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
+
+class Metrics:
+    """Appends a JSON object per logged step; each line is on disk before the next step begins."""
+
+    def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+        """Goes on after `first_step` steps: what an earlier life wrote beyond them is dropped, a torn line too."""
+        self._path = run_dir / "metrics.jsonl"
+        keep_lines(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._terminal,
+            leave=False,
+        )
+        self._last_step = last_step
+        self._spoke = 0.0
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """One line of metrics; `step` must be among them."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name, value in values.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(values["step"]))
+        self._show(values)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """A uint8 [H, W, 3] picture into TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        text = (
+            f"epoch {values['epoch']:.2f}, loss {values['loss']:.4f}, {values['samples_per_second']:.0f} samples/s, "
+            f"{values['data_wait']:.0%} waiting for data"
+        )
+        if self._terminal:
+            self._bar.set_postfix_str(text)
+            return
+        done = values["step"] >= self._last_step
+        if done or time.monotonic() - self._spoke >= QUIET_SECONDS:
+            self._spoke = time.monotonic()
+            self.say(f"step {values['step']:.0f}/{self._last_step}, {text}")
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Cuts metrics.jsonl after the lines of steps up to `last_step`, where they are whole."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # torn by a kill
+            try:
+                step = json.loads(line)["step"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f"{path}: line {line[:60]!r} is not one of ours; move the file away") from None
+            if step > last_step:
+                break
+            kept += len(line)
+    os.truncate(path, kept)

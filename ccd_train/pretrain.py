@@ -1,0 +1,213 @@
+"""Pretraining: the page to read first.
+
+    ccd-train pretrain --config vit_nano --run_dir RUN --data.shards SHARDS                       one process
+    torchrun --nproc_per_node 8 -m ccd_train pretrain --config vit_small --run_dir RUN --data.shards SHARDS
+    ccd-train pretrain --config vit_small --print_config                                          every setting
+
+The same command again goes on where the run stopped, at the exact sample, on any number of ranks. `train` is the loop,
+`train_step` one step, `losses_of` the method in it; what student and teacher compute is in `models/ccd.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ccd_train import distributed, draws
+from ccd_train.config import Config
+from ccd_train.data.batches import Batch
+from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, TrainingError, UserError
+from ccd_train.geometry import warp_masks
+from ccd_train.life import write_outcome
+from ccd_train.losses import distillation_loss, segmentation_loss, teacher_statistics
+from ccd_train.metrics import Metrics
+from ccd_train.models.ccd import StudentOutput
+from ccd_train.options import parse
+from ccd_train.rates import Rates
+from ccd_train.run import Run, begin
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of a micro-batch on this rank; averaged over ranks they are those of the global micro-batch."""
+
+    distillation: Tensor
+    segmentation: Tensor
+    characters: Tensor
+    """Pairs of regions, float32 []."""
+    targets: Tensor
+    """The teacher's logits, float32 [2M, P]."""
+
+
+def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
+    """The method: two views, student, regions, teacher, two losses."""
+    config, engine, device = run.config.distillation, run.engine, distributed.device()
+    batch = host.to(device)
+    keys = draws.sample_keys(run.config.seed, host.epochs, host.sample_ids)
+    views = run.augmentation(batch.images_u8, host.native_size, keys)
+    regular, irregular = views.regular.to(engine.dtype), views.irregular.to(engine.dtype)
+    student: StudentOutput = engine.forward(
+        regular, irregular, views.theta, batch.pseudo_mask, keys.to(device, non_blocking=True),
+        regions_from_student=now.regions_from_student, min_region_pixels=config.min_region_pixels,
+    )  # fmt: skip
+    targets = run.teacher.ready()(regular, irregular, student.regions)
+    characters = torch.tensor(float(student.regions.characters()), device=device)
+    distillation = distillation_loss(
+        student.projections, targets, run.center.value,
+        student_temperature=config.student_temperature, teacher_temperature=config.teacher_temperature,
+        pairs_global=distributed.all_reduce_sum(characters.clone()),
+    )  # fmt: skip
+    masks = torch.cat([batch.pseudo_mask.bool(), warp_masks(batch.pseudo_mask, views.theta)])
+    return Losses(distillation, segmentation_loss(student.segmentation_logits, masks), characters, targets)
+
+
+def train_step(run: Run, logged: bool) -> tuple[dict[str, float], bool]:
+    """One step on the next global batch: its figures, a few more where `logged`, and whether to stop after it."""
+    config, engine, center = run.config, run.engine, run.center
+    now, waited, seen, statistics = run.rates(), 0.0, [], {}
+    if now.prototypes_thaw:
+        engine.forget_prototype_moments()
+    engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
+    center_before = center.value.clone()
+    sums = torch.zeros(5, device=distributed.device())
+    for micro_step in range(run.accumulation):
+        began = time.monotonic()
+        batch = next(run.batches)
+        waited += time.monotonic() - began
+        seen.append(batch.sample_ids)
+        losses = losses_of(run, batch, now)
+        last = micro_step == run.accumulation - 1
+        engine.backward(losses.distillation + config.distillation.segmentation_weight * losses.segmentation, last)
+        if logged and last:
+            statistics = teacher_statistics(losses.targets, center.value, config.distillation.teacher_temperature)
+        center.update(losses.targets, now.center_momentum)
+        sums[:3] += torch.stack([losses.distillation.detach(), losses.segmentation.detach(), losses.characters])
+    norms = engine.gradient_norms()
+    sums[3], sums[4] = norms.square().sum(), run.stop.wanted()
+    totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
+    finite = all(map(math.isfinite, totals))
+    if finite and config.optimizer.clip_gradient:
+        engine.clip(norms, config.optimizer.clip_gradient)
+    applied = engine.step(finite)
+    if applied:
+        run.teacher.update(now.momentum)
+    else:
+        center.value.copy_(center_before)
+    advance(run, applied, torch.cat(seen))
+    figures = figures_of(run, now, totals) | {name: value.item() for name, value in statistics.items()}
+    return figures | {"data_wait": waited}, totals[4] > 0
+
+
+def advance(run: Run, applied: bool, sample_ids: Tensor) -> None:
+    """Counts a step; ends the run where too many in a row were skipped, with their samples listed."""
+    progress = run.progress
+    progress.step += 1
+    progress.position += run.global_batch
+    if applied:
+        progress.samples += run.global_batch
+        progress.bad_steps = 0
+        return
+    progress.skipped_steps += 1
+    if run.engine.loss_scale > 1:
+        return  # fp16 is looking for its scale
+    progress.bad_steps += 1
+    samples = [sample for part in distributed.gather_objects(sample_ids.tolist()) for sample in part]
+    path = run.run_dir / "bad_steps.jsonl"
+    if distributed.rank() == 0:
+        with path.open("a", encoding="utf8") as file:
+            file.write(json.dumps({"step": progress.step, "samples": samples}) + "\n")
+        log.warning("step %d skipped: loss or gradient not finite; its samples are in %s", progress.step, path)
+    if progress.bad_steps >= run.config.train.max_bad_steps:
+        raise TrainingError(
+            f"{progress.bad_steps} steps in a row with a loss or gradient that is not finite, up to step "
+            f"{progress.step}; their samples are in {path}; lower --optimizer.lr or look at them"
+        )
+
+
+def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
+    """What metrics.jsonl holds of a step, from sums over micro-batches and ranks."""
+    ranks, progress = distributed.world_size(), run.progress
+    distillation, segmentation = (total / (run.accumulation * ranks) for total in totals[:2])
+    return {
+        "step": progress.step,
+        "samples": progress.position,
+        "epoch": progress.position / run.corpus.num_samples,
+        "loss": distillation + run.config.distillation.segmentation_weight * segmentation,
+        "loss_distillation": distillation,
+        "loss_segmentation": segmentation,
+        "lr": now.lr,
+        "weight_decay": now.weight_decay,
+        "momentum": now.momentum,
+        "grad_norm": math.sqrt(totals[3] / ranks) if math.isfinite(totals[3]) else math.nan,
+        "characters": totals[2] / run.global_batch,
+        "center_norm": run.center.value.norm().item(),
+        "loss_scale": run.engine.loss_scale,
+        "skipped_steps": progress.skipped_steps,
+    }
+
+
+def train(run: Run, metrics: Metrics | None) -> bool:
+    """Steps until the end of the run (True), or until a rank was asked to stop (False)."""
+    config, progress = run.config, run.progress
+    began, waited, steps = time.monotonic(), 0.0, 0
+    while progress.step < run.last_step:
+        coming = progress.step + 1
+        logged = coming % config.log.every_steps == 0 or coming == run.last_step
+        figures, stop = train_step(run, logged)
+        waited, steps = waited + figures["data_wait"], steps + 1
+        if metrics is not None:
+            metrics.advance()
+            if logged:
+                seconds = time.monotonic() - began
+                rate = {"samples_per_second": steps * run.global_batch / seconds, "data_wait": waited / seconds}
+                metrics.write(figures | rate)
+        if logged:
+            began, waited, steps = time.monotonic(), 0.0, 0
+        finished = progress.step == run.last_step
+        if stop or finished or progress.step % config.checkpoint.every_steps == 0:
+            run.save()
+        if stop and not finished:
+            return False
+    return True
+
+
+def live(config: Config) -> tuple[int, str]:
+    """One life of a run, from its start or resume to its exit code and a line about it."""
+    config.check()
+    distributed.initialize(config.distributed.timeout)
+    run = begin(config)
+    metrics = Metrics(run.run_dir, run.progress.step, run.last_step) if distributed.rank() == 0 else None
+    try:
+        if train(run, metrics):
+            return FINISHED, f"{run.progress.step} steps, {run.progress.position} samples; the run is in {run.run_dir}"
+        reason = f"{run.stop.reason()}: saved after step {run.progress.step} of {run.last_step}"
+        return UNFINISHED, f"{reason}; start the same command again to go on"
+    finally:
+        run.close()
+        if metrics is not None:
+            metrics.close()
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.INFO if distributed.rank() == 0 else logging.WARNING)
+    config = parse(Config, argv, "ccd-train pretrain")
+    try:
+        code, message = live(config)
+    except UserError as error:
+        code, message = REFUSED, str(error)
+    except TrainingError as error:
+        code, message = FAILED, str(error)
+    write_outcome(config.run_dir, code, message)
+    if distributed.rank() == 0:
+        word = {FINISHED: "finished", UNFINISHED: "unfinished", REFUSED: "error", FAILED: "failed"}[code]
+        log.log(logging.INFO if code in (FINISHED, UNFINISHED) else logging.ERROR, "%s: %s", word, message)
+    distributed.finalize()
+    return code
