@@ -48,9 +48,9 @@ def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
 
 def describe(folder: Path, manifest: Manifest) -> str:
     """A line on what a folder holds."""
-    text = f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB"
-    refused = sum(manifest.refused.values())
-    return text + (f"; {refused:,} records refused ({summary(manifest.refused)}), see {REFUSED}" if refused else "")
+    shards = f"{len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}"
+    text = f"{folder}: {manifest.samples:,} samples in {shards}, {manifest.bytes / 1e6:,.1f} MB"
+    return text + (f"; refused: {summary(manifest.refused)}, see {REFUSED}" if manifest.refused else "")
 
 
 def summary(kinds: Mapping[str, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,9 @@ class Origin:
 def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Origin]:
     """All LMDBs of the given roots, in order. UserError unless every one can be converted."""
     found = [(root, path) for root in roots for path in find_lmdbs(root)]
+    for path, times in Counter(os.path.realpath(path) for _, path in found).items():
+        if times > 1:
+            raise UserError(f"{path}: given {times} times; name each LMDB once in --src")
     names = _names([Path(os.path.abspath(root)) for root, _ in found], [path.relative_to(root) for root, path in found])
     origins = []
     for (root, path), name in zip(found, names, strict=True):
@@ -56,12 +60,11 @@ def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Orig
 def _names(roots: list[Path], below: list[Path]) -> list[str]:
     """What to call LMDBs that lie `below` their `roots`: as much of the path as tells them apart, but at least the
     root's own name. It depends on no more of the machine's folders than that."""
-    for depth in range(1, max(len(root.parts) for root in roots) + 1):
+    depth, names = 0, [""] * len(roots)
+    while depth == 0 or len(set(names)) < len(names):
+        depth += 1
         names = [str(Path(*root.parts[-depth:]) / path).lstrip("/") for root, path in zip(roots, below, strict=True)]
-        if len(set(names)) == len(names):
-            return names
-    twice = next(name for name in names if names.count(name) > 1)
-    raise UserError(f"/{twice}: given twice; name each LMDB once in --src")
+    return names
 
 
 def _mask_path(root: Path, path: Path, mask_roots: Sequence[Path]) -> Path:

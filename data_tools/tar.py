@@ -97,14 +97,12 @@ class ShardWriter:
         template, checksum = self._templates[extension]
         size = b"%011o" % len(content)
         checksum += sum(digits) + sum(size)
+        place = self._tar.bytes + BLOCK
         self._tar.write(
-            b"%b%b%b%b%b%06o\0 %b"
-            % (digits, template[9:124], size, template[135:136], template[136:148], checksum, template[156:])
+            b"%b%b%b%b%06o\0 %b" % (digits, template[9:124], size, template[135:148], checksum, template[156:]),
+            content,
+            _ZEROS[: -len(content) % BLOCK],
         )
-        place = self._tar.bytes
-        self._tar.write(content)
-        if len(content) % BLOCK:
-            self._tar.write(_ZEROS[len(content) % BLOCK :])
         return place
 
 
@@ -135,10 +133,11 @@ class HashedFile:
         self._pending: list[bytes] = []
         self._pending_bytes = 0
 
-    def write(self, content: bytes) -> None:
-        self._pending.append(content)
-        self.bytes += len(content)
-        self._pending_bytes += len(content)
+    def write(self, *contents: bytes) -> None:
+        self._pending.extend(contents)
+        size = sum(map(len, contents))
+        self.bytes += size
+        self._pending_bytes += size
         if self._pending_bytes >= _CHUNK:
             self._flush()
 
