@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ccd_train import distributed
 
-CHUNK = 1 << 24  # elements of a [rows, P] chunk: 64 MB in float32
+CHUNK = 1 << 23  # elements of a [rows, P] chunk: 32 MB in float32
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
