@@ -16,7 +16,7 @@ The teacher is the moving average of the student's ViT and projection head, so i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,8 @@ from ccd_train.regions import MIN_PIXELS, label_regions, pool, warp_regions
 REGULAR, IRREGULAR = 1, 2  # words that tell the two views' draws apart
 
 
-@dataclass(frozen=True)
-class Regions:
-    """The characters of a batch, the same for student and teacher."""
+class Regions(NamedTuple):
+    """The characters of a batch, the same for student and teacher. (A tuple: ZeRO-3 looks for tensors in those.)"""
 
     ids: Tensor
     """uint8 [2B, H, W]: regions of the regular views, then of the irregular ones; 0 background, slots 1…K."""
@@ -46,8 +45,7 @@ class Regions:
         return len(self.image)
 
 
-@dataclass(frozen=True)
-class StudentOutput:
+class StudentOutput(NamedTuple):
     segmentation_logits: Tensor
     """[2B, 2, H, W], regular views first."""
     projections: Tensor
