@@ -99,7 +99,7 @@ class Center:
     @torch.no_grad()
     def update(self, teacher: Tensor, momentum: float) -> None:
         """Moves towards the mean over the rows [2M, P] of all ranks; stays where no rank has any."""
-        sums = torch.cat([teacher.sum(dim=0), teacher.new_tensor([len(teacher)])])
+        sums = torch.cat([teacher.sum(dim=0), teacher.new_full((1,), len(teacher))])
         sums = distributed.all_reduce_sum(sums)
         rows = sums[-1]
         mean = sums[:-1] / rows.clamp(min=1)

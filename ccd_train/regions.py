@@ -97,8 +97,9 @@ def warp_regions(ids: Tensor, theta: Tensor) -> Tensor:
     covered = F.grid_sample(known, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0] > WARPED
     # The id of every 2×2 block, with a border of background: block (y, x) has its top left pixel at (y − 1, x − 1).
     blocks = F.max_pool2d(ids[:, None].float(), kernel_size=2, stride=1, padding=1).flatten(1)
-    size = torch.tensor([width, height], device=ids.device)
-    column, row = ((((grid + 1) * size - 1) / 2).floor().long() + 1).clamp(min=0).minimum(size).unbind(-1)
+    x, y = grid.unbind(-1)
+    column = (((x + 1) * width - 1) / 2).floor().long().add(1).clamp(0, width)
+    row = (((y + 1) * height - 1) / 2).floor().long().add(1).clamp(0, height)
     owner = blocks.gather(1, (row * (width + 1) + column).flatten(1)).view(ids.shape)
     return (owner * covered).to(torch.uint8)
 

@@ -238,3 +238,28 @@ def test_pooling_in_bfloat16_errs_by_one_rounding() -> None:
     rounded, _ = pool(tokens, ids)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_device_is_not_waited_for() -> None:
+    """From θ to pooled features without a host synchronisation, and equal to the CPU's."""
+    masks = torch.cat([draw(kind, 50, seed=6) for kind in KINDS])
+    keys, native = torch.arange(len(masks)), torch.tensor([[48, 160]]).expand(len(masks), -1)
+    tokens = torch.randn(len(masks), 256, 8)
+    on_device = [value.cuda() for value in (masks, keys, native, tokens)]
+
+    def chain(masks: Tensor, keys: Tensor, native: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ids = label_regions(masks)
+        return ids, pool(tokens, warp_regions(ids, sample_theta(keys, native, Affine())))[0]
+
+    chain(*on_device)  # kernels are loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ids, features = chain(*on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected_ids, expected = chain(masks, keys, native, tokens)
+    assert torch.equal(ids.cpu(), expected_ids)
+    close = (features.cpu() - expected).abs().amax(dim=2) < 1e-4  # a sample within rounding of 0.1 may fall either way
+    assert close.float().mean() > 0.99

@@ -29,7 +29,7 @@ class _Normalize(torch.autograd.Function):
         """
         shifted = x.float() - shift[:, None, None]
         channels = len(shift)
-        sums = torch.cat([shifted.sum(SPACE), shifted.square().sum(SPACE), shift.new_tensor([x.numel() / channels])])
+        sums = torch.cat([shifted.sum(SPACE), shifted.square().sum(SPACE), shift.new_full((1,), x.numel() / channels)])
         sums = distributed.all_reduce_sum(sums)
         count = sums[-1]
         offset = sums[:channels] / count
