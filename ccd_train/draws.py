@@ -4,9 +4,9 @@ A draw is named by (seed, epoch, sample, operation[, index]), so it does not dep
 number of ranks or workers, on the device, or on an interruption. torch's generators differ between devices and have
 a state that would have to be saved; these have none.
 
-`mix` is one SplitMix64 step (Steele, Lea, Flood 2014), `field` ends with the 32-bit finaliser of MurmurHash3
-(Appleby 2011). torch has no unsigned arithmetic: int64 and int32 products wrap as two's complement on every device, and
-right shifts are masked to be logical.
+`mix` is one SplitMix64 step (Steele, Lea, Flood 2014), `spread` is the 32-bit finaliser of MurmurHash3 (Appleby 2011)
+but for its last step. torch has no unsigned arithmetic: int64 and int32 products wrap as two's complement on every
+device, and right shifts are masked to be logical.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def spread(words: Tensor, size: int) -> Tensor:
     x = torch.arange(size, dtype=torch.int32, device=words.device)[None, :] * _signed(0x9E3779B1, 32) + low
     x ^= high
     shifted = torch.empty_like(x)
-    for by, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    for by, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         torch.bitwise_right_shift(x, by, out=shifted)
         x ^= shifted.bitwise_and_((1 << (32 - by)) - 1)
-        if factor != 1:
-            x *= _signed(factor, 32)
-    return _shift(x, 8, 32).to(torch.float32).mul_(2.0**-24)
+        x *= _signed(factor, 32)
+    x >>= 8  # the 24 high bits are well mixed by now: the finaliser's last step would only mend the low ones
+    return x.bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
 
 
 def permutation(size: int, *words: int) -> np.ndarray:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccd_train.photometric.filters import correlate
+from ccd_train.photometric.filters import correlate, look_up
 
 GAUSSIAN_RADIUS = 2  # 5 × 5: what imgaug takes for every sigma up to 1.8
 AVERAGE_RADIUS = 3
 MOTION_RADIUS = 2  # 5 × 5
 BILATERAL_RADIUS = 5
+DIFFERENCES = 3 * 256  # of two colours, summed over the channels
 # Sorting networks with the fewest comparators for 3, 5 and 7 values (Knuth, The Art of Computer Programming 3, 5.3.4)
 NETWORKS = {
     3: "01 12 01",
@@ -39,8 +40,12 @@ def separable(images: Tensor, weights: Tensor) -> Tensor:
 
 def gaussian_blur(images: Tensor, seeds: Tensor, sigma: Tensor) -> Tensor:
     offsets = _offsets(images, GAUSSIAN_RADIUS)
-    weights = (offsets.square() / (-2 * sigma.view(-1, 1).square())).exp()
-    return separable(images, weights / weights.cumsum(1)[:, -1:])
+    weights = (offsets.square() / (-2 * sigma.view(-1, 1).double().square())).exp()
+    outer, inner = (weights / weights.cumsum(1)[:, -1:] * 256)[:, :2].split(1, dim=1)
+    # in 256ths, as OpenCV rounds them for images of bytes: each takes on what the one before it lost
+    outer, inner = outer.round(), (inner + outer - outer.round()).round()
+    weights = torch.cat([outer, inner, 256 - 2 * (outer + inner), inner, outer], dim=1) / 256
+    return separable(images, weights.to(images.dtype))
 
 
 def average_blur(images: Tensor, seeds: Tensor, size: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ def average_blur(images: Tensor, seeds: Tensor, size: Tensor) -> Tensor:
     first = -(size / 2).floor()
     offsets = _offsets(images, AVERAGE_RADIUS)
     inside = (offsets >= first) & (offsets < first + size)
-    return separable(images, inside / size)
+    return separable(images, (inside / size).to(images.dtype))
 
 
 def motion_blur(images: Tensor, seeds: Tensor, angle: Tensor, direction: Tensor) -> Tensor:
@@ -58,14 +63,14 @@ def motion_blur(images: Tensor, seeds: Tensor, angle: Tensor, direction: Tensor)
     Along the line the weights go linearly from `direction` (0 … 1) to 1 − direction. The line is drawn upright and rotated
     by bilinear sampling.
     """
-    turn, direction = angle.view(-1, 1, 1) * (2 * math.pi), direction.view(-1, 1, 1)
+    turn, direction = angle.view(-1, 1, 1).double() * (2 * math.pi), direction.view(-1, 1, 1)
     offsets = _offsets(images, MOTION_RADIUS)
     row, column = offsets[:, None], offsets[None, :]
-    along = row * turn.cos() - column * turn.sin()
-    across = row * turn.sin() + column * turn.cos()
+    along = row * turn.cos() + column * turn.sin()
+    across = column * turn.cos() - row * turn.sin()
     ramp = direction + (1 - 2 * direction) * (along / (2 * MOTION_RADIUS) + 0.5).clamp(0, 1)
     kernels = ramp * (MOTION_RADIUS + 1 - along.abs()).clamp(0, 1) * (1 - across.abs()).clamp(min=0)
-    return correlate(images, kernels / kernels.flatten(1).cumsum(1)[:, -1, None, None])
+    return correlate(images, (kernels / kernels.flatten(1).cumsum(1)[:, -1, None, None]).to(images.dtype))
 
 
 def bilateral_blur(images: Tensor, seeds: Tensor, diameter: Tensor, sigma_color: Tensor, sigma_space: Tensor) -> Tensor:
@@ -75,15 +80,16 @@ def bilateral_blur(images: Tensor, seeds: Tensor, diameter: Tensor, sigma_color:
     again by the sum of its channels' differences, as in OpenCV.
     """
     reach = _offsets(images, BILATERAL_RADIUS).abs()
-    space = (reach.square() / (-2 * sigma_space.view(-1, 1).square())).exp()
-    space = space * (reach <= (diameter.view(-1, 1) / 2).floor())
-    sharpness = -0.5 / sigma_color.square()
-    across = _bilateral_pass(images, space, sharpness)
-    return _bilateral_pass(across.transpose(2, 3).contiguous(), space, sharpness).transpose(2, 3).contiguous()
+    space = (reach.square() / (-2 * sigma_space.view(-1, 1).double().square())).exp()
+    space = (space * (reach <= (diameter.view(-1, 1) / 2).floor())).to(images.dtype)
+    differences = torch.arange(DIFFERENCES, dtype=torch.float64, device=images.device)
+    likeness = (differences.square() / (-2 * sigma_color.view(-1, 1).double().square())).exp().to(images.dtype)
+    across = _bilateral_pass(images, space, likeness)
+    return _bilateral_pass(across.transpose(2, 3).contiguous(), space, likeness).transpose(2, 3).contiguous()
 
 
-def _bilateral_pass(images: Tensor, space: Tensor, sharpness: Tensor) -> Tensor:
-    """Along the last axis, with space weights [B, k]."""
+def _bilateral_pass(images: Tensor, space: Tensor, likeness: Tensor) -> Tensor:
+    """Along the last axis, with weights [B, k] by distance and [B, 768] by difference."""
     radius, width = space.shape[1] // 2, images.shape[-1]
     padded = F.pad(images, (radius, radius, 0, 0), mode="reflect")
     total, weights = images.clone(), torch.ones_like(images[:, :1])
@@ -92,7 +98,7 @@ def _bilateral_pass(images: Tensor, space: Tensor, sharpness: Tensor) -> Tensor:
             continue  # the pixel itself, with weight 1
         shifted = padded[..., offset : offset + width]
         red, green, blue = (shifted - images).abs_().split(1, dim=1)
-        weight = red.add_(green).add_(blue).square_().mul_(sharpness).exp_().mul_(near)
+        weight = look_up(red.add_(green).add_(blue), likeness).mul_(near)
         total.addcmul_(shifted, weight)
         weights.add_(weight)
     return total.div_(weights)
@@ -165,4 +171,4 @@ def _exchange(values: list[Tensor], low: int, high: int) -> None:
 
 
 def _offsets(images: Tensor, radius: int) -> Tensor:
-    return torch.arange(-radius, radius + 1, dtype=torch.float32, device=images.device)
+    return torch.arange(-radius, radius + 1, dtype=torch.float64, device=images.device)

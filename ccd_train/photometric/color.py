@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and Pillow make greys
+LUMA = (9798.0, 19235.0, 3735.0)  # of 2¹⁵: ITU-R BT.601's 0.299, 0.587, 0.114, as OpenCV rounds them
 SEXTANT = 30.0  # hue units of a sextant
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 KMEANS_ROUNDS = 6
@@ -16,9 +16,14 @@ KMEANS_STRIDE = 2  # of rows and columns, for the rounds; all pixels are assigne
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey level [B, 1, H, W]."""
+    """Grey level [B, 1, H, W]. Of whole levels all but the last step is exact, on every device."""
     red, green, blue = images.split(1, dim=1)
-    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).mul_(2.0**-15)
+
+
+def grey_levels(images: Tensor) -> Tensor:
+    """The luma as OpenCV rounds it."""
+    return luma(images).add_(0.5).floor_()
 
 
 def to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,20 +101,19 @@ def grey_blend(images: Tensor, seeds: Tensor, alpha: Tensor) -> Tensor:
 
 def temperature(images: Tensor, seeds: Tensor, kelvin: Tensor) -> Tensor:
     """Multiplies the channels by the colour of a black body, by Helland's fit (2012) to Charity's table."""
-    hundreds = kelvin / 100
+    hundreds = kelvin.double() / 100
     warm, cold = hundreds.clamp(max=66), hundreds.clamp(min=66.001) - 60
     red = torch.where(hundreds <= 66, 255, 329.698727446 * cold.pow(-0.1332047592))
     green = torch.where(
         hundreds <= 66, 99.4708025861 * warm.log() - 161.1195681661, 288.1221695283 * cold.pow(-0.0755148492)
     )
     blue = torch.where(hundreds >= 66, 255, 138.5177312231 * (warm - 10).clamp(min=0.1).log() - 305.0447927307)
-    return images.mul_(torch.cat([red, green, blue], dim=1).clamp_(0, 255).div_(255))
+    return images.mul_(torch.cat([red, green, blue], dim=1).clamp_(0, 255).div_(255).to(images.dtype))
 
 
 def uniform_colors(images: Tensor, seeds: Tensor, colors: Tensor) -> Tensor:
     """Levels in `colors` equal bins per channel, each replaced by its bin's centre."""
-    width = 256 / colors
-    return images.div_(width).floor_().add_(0.5).mul_(width)
+    return images.mul_(colors / 256).floor_().add_(0.5).mul_(256 / colors)
 
 
 def channel_shuffle(images: Tensor, seeds: Tensor, probability: Tensor, draw: Tensor, order: Tensor) -> Tensor:

@@ -7,19 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ccd_train.photometric.color import luma
+from ccd_train.photometric.color import grey_levels
+from ccd_train.photometric.filters import look_up
 
 LEVELS = 256
-
-
-def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replaces every grey level by what its row's table says: tables [R, 256], R rows to the images' [B, C, H, W].
-
-    Takes a fifth of the time of computing a power.
-    """
-    offsets = torch.arange(0, tables.numel(), LEVELS, dtype=torch.int32, device=images.device)
-    index = images.to(torch.int32).view(len(tables), -1) + offsets[:, None]
-    return tables.reshape(-1).index_select(0, index.view(-1)).view_as(images)
 
 
 def histogram(images: Tensor, rows: int) -> Tensor:
@@ -41,8 +32,7 @@ def linear_contrast(images: Tensor, seeds: Tensor, factor: Tensor) -> Tensor:
 
 def sigmoid_contrast(images: Tensor, seeds: Tensor, gain: Tensor, cutoff: Tensor) -> Tensor:
     """255 / (1 + exp(gain (cutoff − v / 255)))."""
-    curve = torch.sigmoid((_shares(images) - cutoff.view(-1, 1)) * gain.view(-1, 1))
-    return look_up(images, curve * 255)
+    return look_up(images, torch.sigmoid((_shares(images) - cutoff.view(-1, 1)) * gain.view(-1, 1)) * 255)
 
 
 def log_contrast(images: Tensor, seeds: Tensor, gain: Tensor) -> Tensor:
@@ -61,8 +51,8 @@ def equalize_channels(images: Tensor, seeds: Tensor) -> Tensor:
 
 
 def replace_luma(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Adds to the channels what `change` does to the rounded luma [B, 1, H, W]."""
-    grey = luma(images).round_()
+    """Adds to the channels what `change` does to the grey levels [B, 1, H, W]."""
+    grey = grey_levels(images)
     return images.add_(change(grey).sub_(grey))
 
 
@@ -76,5 +66,5 @@ def equalizing(counts: Tensor) -> Tensor:
 
 
 def _shares(images: Tensor) -> Tensor:
-    """float32 [1, 256]: every grey level as a share of 255."""
-    return torch.arange(LEVELS, dtype=torch.float32, device=images.device)[None] / 255
+    """float64 [1, 256]: every grey level as a share of 255."""
+    return torch.arange(LEVELS, dtype=torch.float64, device=images.device)[None] / 255

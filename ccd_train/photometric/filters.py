@@ -1,4 +1,4 @@
-"""Filters of a few pixels: sums of shifted images, in a fixed order, with a kernel per image."""
+"""Table look-ups, and filters of a few pixels: sums of shifted images, in a fixed order, with a kernel per image."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from torch.nn import functional as F
 IDENTITY = ((0, 0, 0), (0, 1, 0), (0, 0, 0))
 LAPLACIAN = ((0, 1, 0), (1, -4, 1), (0, 1, 0))
 NEIGHBOURS = ((-1, -1, -1), (-1, 0, -1), (-1, -1, -1))
+
+
+def look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replaces every value, cut to a whole number below N, by what its row's table says.
+
+    Tables [R, N] for the R equal parts of images [B, C, H, W] in memory order: R = B for a table per image. A look-up takes
+    a fifth of the time of computing a power, and gives the same bits everywhere.
+    """
+    size = tables.shape[1]
+    starts = torch.arange(0, tables.numel(), size, dtype=torch.int32, device=images.device)
+    index = images.to(torch.int32).view(len(tables), -1) + starts[:, None]
+    return tables.to(images.dtype).reshape(-1).index_select(0, index.view(-1)).view_as(images)
 
 
 def correlate(images: Tensor, kernels: Tensor, border: str = "reflect") -> Tensor:
@@ -53,7 +65,7 @@ def directed_edge_detect(images: Tensor, seeds: Tensor, alpha: Tensor, direction
 
     A neighbour that lies d of a half turn away from the direction weighs (1 − d)⁴; the weights add up to −1.
     """
-    offset = torch.arange(-1, 2, dtype=torch.float32, device=images.device)
+    offset = torch.arange(-1, 2, dtype=torch.float64, device=images.device)
     bearing = torch.atan2(offset[None, :], -offset[:, None])  # of the neighbours, clockwise from the top
     turn = (bearing - direction.view(-1, 1, 1) * (2 * math.pi)).abs() / math.pi  # in half turns
     turn = torch.minimum(turn.remainder(2), 2 - turn.remainder(2))
@@ -61,7 +73,7 @@ def directed_edge_detect(images: Tensor, seeds: Tensor, alpha: Tensor, direction
     weights[:, 1, 1] = 0
     kernels = -weights / weights.flatten(1).cumsum(1)[:, -1, None, None]
     kernels[:, 1, 1] = 1
-    return correlate(images, blend_kernels(alpha, kernels))
+    return correlate(images, blend_kernels(alpha, kernels.to(images.dtype)))
 
 
 def edge_enhance_more(images: Tensor, seeds: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Snow and rain are specks, smeared along the direction in which they fall.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,60 +15,56 @@ from torch.nn import functional as F
 
 from ccd_train.draws import spread
 from ccd_train.photometric.blur import separable
+from ccd_train.photometric.noise import salt_grey
 
 ROWS, COLUMNS = 3, 8  # frequencies of the smooth noise: 0 … 2 periods per height, 0 … 7 per width
-WAVES = ROWS * COLUMNS * 4  # draws that one smooth field takes: a strength and a phase for either slant
+WAVES = 2 * ROWS * 2 * COLUMNS  # draws that one field of smooth noise takes: one per wave
+SCALE = 512  # of the whole numbers that smooth noise is summed in
 SNOW_REACH = 6  # longest smear of a snowflake
 RAIN_REACH = 38  # longest smear of a drop: 0.3 of the width
 RAIN_COLOR = 240.0
 
 
-def smooth(images: Tensor, draws: Tensor, exponent: Tensor) -> Tensor:
-    """Smooth noise [B, 1, H, W] over exactly [0, 1]: draws [B, WAVES] in [0, 1), exponent [B, 1, 1, 1] below 0.
+def smooth(images: Tensor, draws: Tensor, exponents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Fields of smooth noise [B, 1, H, W] over exactly [0, 1], one for each of the exponents [B, 1, 1, 1] below 0.
 
-    A sum of waves of v periods per height and u per width, slanted both ways, of strength r f^exponent, f² = u² + v².
-    Summed for one row of the image per v first; then each v adds a cosine and a sine along the height.
+    draws: [B, fields · WAVES] in [0, 1). A field is a sum of products of a cosine or sine of v periods per height and one of
+    u periods per width, of strength r f^exponent, r from ±1, f² = u² + v². Strengths and waves are whole multiples of
+    1/512: sums stay below 2²⁴, so that matrix products in any order give the same bits.
     """
     height, width = images.shape[-2:]
-    strength, phase = draws.view(-1, 2, 2, ROWS, COLUMNS).unbind(1)  # [B, 2 slants, v, u]
-    v = torch.arange(ROWS, dtype=torch.float32, device=images.device)[:, None]
-    u = torch.arange(COLUMNS, dtype=torch.float32, device=images.device)[None, :]
-    frequency = (u.square() + v.square()).clamp(min=1).sqrt()
-    present = ((u + v) > 0).to(images.dtype)  # there is no wave of frequency 0
-    strength = strength * frequency.pow(exponent) * present
-    x = torch.arange(width, dtype=torch.float32, device=images.device) * (2 * math.pi / width)
-    y = torch.arange(height, dtype=torch.float32, device=images.device) * (2 * math.pi / height)
-    phase = phase * (2 * math.pi)
-    cosines = torch.zeros(len(images), ROWS, width, device=images.device)
-    sines = torch.zeros_like(cosines)
-    for slant, sign in enumerate((1, -1)):
-        for column in range(COLUMNS):
-            # r cos(ux + φ ± vy) = r cos(ux + φ) cos(vy) ∓ r sin(ux + φ) sin(vy)
-            angle = phase[:, slant, :, column, None] + x * column
-            amount = strength[:, slant, :, column, None]
-            cosines.addcmul_(angle.cos(), amount)
-            sines.addcmul_(angle.sin(), amount, value=-sign)
-    field = torch.zeros(len(images), height, width, device=images.device)
-    for row in range(ROWS):
-        field.addcmul_((y * row).cos()[:, None], cosines[:, None, row])
-        field.addcmul_((y * row).sin()[:, None], sines[:, None, row])
-    low, high = field.amin(dim=(1, 2), keepdim=True), field.amax(dim=(1, 2), keepdim=True)
-    return field.sub_(low).div_((high - low).clamp_(min=1e-6))[:, None]
+    v, u = torch.arange(2 * ROWS) // 2, torch.arange(2 * COLUMNS) // 2
+    frequency = (u.square() + v.square()[:, None]).double().sqrt().to(images.device)
+    # there is no wave of frequency 0, and no sine of 0
+    power = torch.stack(exponents, dim=1).view(-1, len(exponents), 1, 1).double()
+    strength = frequency.clamp(min=1).pow(power) * (frequency > 0)
+    factors = draws.view(-1, len(exponents), 2 * ROWS, 2 * COLUMNS) * 2 - 1
+    factors = (factors * strength * SCALE).round().to(images.dtype)
+    along = (factors @ _waves(COLUMNS, width, images.device)).div_(SCALE).round_()
+    fields = _waves(ROWS, height, images.device).T @ along
+    low, high = fields.amin(dim=(2, 3), keepdim=True), fields.amax(dim=(2, 3), keepdim=True)
+    return fields.sub_(low).div_((high - low).clamp_(min=1)).split(1, dim=1)
+
+
+@lru_cache
+def _waves(periods: int, size: int, device: torch.device) -> Tensor:
+    """Whole float32 [2 periods, size]: cosine and sine of 0, 1, … periods over `size` pixels, times SCALE."""
+    angle = torch.arange(periods, dtype=torch.float64)[:, None] * torch.arange(size) * (2 * math.pi / size)
+    return (torch.stack([angle.cos(), angle.sin()], dim=1).flatten(0, 1) * SCALE).round().to(device, torch.float32)
 
 
 def _layer(images: Tensor, opacity: Tensor, grey: Tensor, texture: Tensor) -> Tensor:
     """Blends in a layer of `grey` [B, 1, 1, 1], lighter and darker by a fifth where the texture is 1 and 0."""
-    light = texture.mul(2).sub_(1).div_(5).add_(1).mul_(grey).clamp_(0, 255)
+    light = (texture * 0.4).add_(0.8).mul_(grey).clamp_(0, 255)
     return images.mul_(1 - opacity).addcmul_(light, opacity)
 
 
 def fog(
     images: Tensor, seeds: Tensor, grey: Tensor, base: Tensor, density: Tensor, exponent: Tensor, texture: Tensor
 ) -> Tensor:
-    """Opacity density · (base + 0.3 · noise)^0.9 everywhere."""
-    shape, grain = spread(seeds, 2 * WAVES).chunk(2, dim=1)
-    opacity = smooth(images, shape, exponent).mul_(0.3).add_(base).pow_(0.9).mul_(density).clamp_(0, 1)
-    return _layer(images, opacity, grey, smooth(images, grain, texture))
+    """Opacity density · (base + 0.3 · noise) everywhere."""
+    noise, grain = smooth(images, spread(seeds, 2 * WAVES), (exponent, texture))
+    return _layer(images, (noise * 0.3).add_(base).mul_(density).clamp_(0, 1), grey, grain)
 
 
 def clouds(
@@ -81,13 +78,12 @@ def clouds(
     layers: Tensor,
 ) -> Tensor:
     """Broad thin clouds (layers < ¼), small thick ones (< ½) or both; the opacity is thin or thick · noise."""
-    shape, shape_2, grain = spread(seeds, 3 * WAVES).chunk(3, dim=1)
-    texture = smooth(images, grain, thick_exponent)
-    has_thin = ((layers < 0.25) | (layers >= 0.5)).to(images.dtype)
-    has_thick = (layers >= 0.25).to(images.dtype)
-    broad = smooth(images, shape, thin_exponent).mul_(thin * has_thin).clamp_(0, 1)
-    small = smooth(images, shape_2, thick_exponent).pow_(1.2).mul_(thick * has_thick).clamp_(0, 1)
-    return _layer(_layer(images, broad, grey, texture), small, grey, texture)
+    exponents = (thin_exponent, thick_exponent, thick_exponent)
+    broad, small, grain = smooth(images, spread(seeds, 3 * WAVES), exponents)
+    thin = thin * ((layers < 0.25) | (layers >= 0.5)).to(images.dtype)
+    thick = thick * (layers >= 0.25).to(images.dtype)
+    images = _layer(images, (broad * thin).clamp_(0, 1), grey, grain)
+    return _layer(images, (small * thick).clamp_(0, 1), grey, grain)
 
 
 def snow(
@@ -102,16 +98,17 @@ def snow(
 ) -> Tensor:
     """Light flakes: specks of `density`, one to three times as many by `layers`, and wider with `size`.
 
-    They are smeared over speed · width pixels; the less uniform, the more a few of them stand out.
+    They are smeared over speed · width pixels. Of a flake's light v, the part of v² that is not `uniformity` makes a few
+    stand out.
     """
     width = images.shape[-1]
     specks = _specks(images, seeds, density * (1 - size).square() * _layers(layers), SNOW_REACH)
-    radius = (0.3 + size).view(-1, 1)
-    offsets = torch.arange(-1, 2, dtype=torch.float32, device=images.device)
-    flakes = separable(specks, (offsets.square() / (-2 * radius.square())).exp()).clamp_(max=1)
+    side = (-0.5 / (0.3 + size).view(-1, 1).double().square()).exp()
+    weights = torch.cat([side, torch.ones_like(side), side], dim=1).to(images.dtype)
+    flakes = separable(specks, weights).clamp_(max=1)
     flakes = _smeared(flakes, (speed * width).floor().clamp(1, SNOW_REACH), slant, images.shape[2])
-    uneven = 1 - uniformity
-    flakes = flakes.pow_(1 + 2 * uneven).mul_((1 + 5 * uneven) * 255)
+    uneven = (2 * (1 - uniformity)).clamp(max=1)
+    flakes = flakes.square().mul_(uneven).addcmul_(flakes, 1 - uneven).mul_((1 + 2.5 * uneven) * 255)
     return torch.maximum(images.add_(flakes * (0.1 + 20 * speed)), flakes * (1 + 20 * speed))
 
 
@@ -130,12 +127,11 @@ def _layers(draw: Tensor) -> Tensor:
 
 
 def _specks(images: Tensor, seeds: Tensor, share: Tensor, reach: int) -> Tensor:
-    """This share of the pixels of [B, 1, H + reach, W] between ½ and 1, mostly near 1 (Beta(½, ½)); the others 0."""
+    """This share of the pixels of [B, 1, H + reach, W] between ½ and 1, mostly near 1; the others 0."""
     height, width = images.shape[-2:]
     draws = spread(seeds, (height + reach) * width).view(-1, 1, height + reach, width)
     chosen = (draws < share).to(images.dtype)
-    quantile = draws.div_(share.clamp(min=1e-6)).clamp_(max=1).mul_(0.5).add_(0.5)
-    return quantile.mul_(math.pi / 2).sin_().square_().mul_(chosen)
+    return salt_grey(draws.div_(share.clamp(min=1e-6)).mul_(0.5).add_(0.5)).mul_(chosen)
 
 
 def _smeared(field: Tensor, length: Tensor, slant: Tensor, height: int) -> Tensor:
@@ -150,7 +146,7 @@ def _smeared(field: Tensor, length: Tensor, slant: Tensor, height: int) -> Tenso
     stops = (rows + (tall - height)).long()
     starts = (stops - length.view(-1, 1)).long()[:, :, None].expand(-1, -1, width)
     means = (sums.index_select(1, stops) - sums.gather(1, starts)).div_(length.view(-1, 1, 1))
-    moved = (rows - height / 2) * torch.deg2rad(slant).tan().view(-1, 1)
+    moved = (rows - height / 2) * torch.deg2rad(slant.double()).tan().to(rows.dtype).view(-1, 1)
     whole = moved.floor()
     share = (moved - whole)[:, :, None]
     columns = torch.arange(width, device=field.device)
