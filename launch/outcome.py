@@ -41,6 +41,15 @@ def read_outcome(run_dir: Path) -> Outcome | None:
         return None
 
 
+def outcome_identity(run_dir: Path) -> list[int] | None:
+    """Changes whenever an outcome is written; tells the outcome of this life from that of the one before."""
+    try:
+        status = (run_dir / "outcome.json").stat()
+    except OSError:
+        return None
+    return [status.st_ino, status.st_mtime_ns]
+
+
 def checked_run_dir(command: list[str]) -> Path:
     """The run folder of a command `… ccd_train pretrain SETTINGS`. Raises UserError where the settings are refused."""
     for index in range(len(command) - 1):
@@ -69,23 +78,14 @@ def follow(command: list[str]) -> int:
 
 def main(command: list[str]) -> int:
     run_dir = checked_run_dir(command)
-    before = _identity(run_dir)
+    before = outcome_identity(run_dir)
     code = follow(command)
     outcome = read_outcome(run_dir)
-    if outcome is None or _identity(run_dir) == before:
+    if outcome is None or outcome_identity(run_dir) == before:
         print(f"failed: the run ended without an outcome; its launcher ended with {code}", file=sys.stderr)
         return code if code > 1 else FAILED
-    print(f"{outcome.word}: {outcome.message}", flush=True)
+    print(f"the run ended with {outcome.code} ({outcome.word})", flush=True)
     return outcome.code
-
-
-def _identity(run_dir: Path) -> tuple[int, int] | None:
-    """Changes whenever an outcome is written."""
-    try:
-        status = (run_dir / "outcome.json").stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
 
 
 if __name__ == "__main__":

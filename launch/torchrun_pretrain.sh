@@ -8,8 +8,6 @@
 #
 # Ends as the run ended: 0 finished, 2 refused, 3 failed, 75 unfinished (start it again; it goes on where it stopped).
 set -euo pipefail
-# After a SIGTERM the workers have this long to save; torchrun then kills them. The default, 30 s, can cut off a save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 if [ "${NNODES:-1}" = 1 ]; then
@@ -18,6 +16,5 @@ else
     : "${NODE_RANK:?which of the $NNODES machines is this one, counted from 0?}" "${MASTER_ADDR:?name of the first machine}"
     rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 fi
-# `python -m torch.distributed.run` is torchrun, and there wherever torch is
 exec python -m launch.outcome \
-    python -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$nproc" -m ccd_train pretrain "$@"
+    python -m launch.torchrun "${rendezvous[@]}" --nproc_per_node "$nproc" -m ccd_train pretrain "$@"

@@ -47,7 +47,7 @@ def settings(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("code", [0, 2, 3, 75])
 def test_the_wrapper_ends_as_the_run_ended(settings: list[str], code: int) -> None:
     result = finish(wrapped(f"end({code})", *settings))
-    assert (result.returncode, result.stdout) == (code, "word: line\n")
+    assert (result.returncode, result.stdout) == (code, f"the run ended with {code} (word)\n")
 
 
 def test_an_outcome_of_an_earlier_life_is_not_believed(settings: list[str]) -> None:

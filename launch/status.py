@@ -1,0 +1,76 @@
+"""How a run stands, from its folder and SLURM."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ccd_train.config import Config
+from ccd_train.errors import UserError
+from ccd_train.options import read_recipe
+from launch import slurm
+from launch.lives import newest_step, read_lives
+from launch.outcome import read_outcome
+
+
+def describe(run_dir: Path) -> str:
+    """A few lines: job, requeues, step, rate, time left, newest checkpoint, and how the last life ended."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such folder; give the --run_dir of a run")
+    lives, metrics, outcome = read_lives(run_dir), _last_metrics(run_dir), read_outcome(run_dir)
+    rows: list[tuple[str, str]] = []
+    begun = [life for life in lives if life["event"] == "begin"]
+    if begun:
+        job = str(begun[-1]["job"])
+        rows.append(("job", f"{job}, {slurm.state(job) or 'no longer known to SLURM'}"))
+        rows.append(
+            (
+                "lives",
+                f"{len(begun)}, the last one (requeue {begun[-1]['requeues']}) from step {begun[-1]['step']}",
+            )
+        )
+    if metrics is not None:
+        rows += _progress(run_dir, metrics)
+    rows.append(("checkpoint", _checkpoint(run_dir)))
+    if outcome is not None:
+        rows.append(("last outcome", f"{outcome.word} ({outcome.code}): {outcome.message}"))
+    return "\n".join(f"{name:14}{text}" for name, text in rows)
+
+
+def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    step, rate = int(metrics["step"]), float(metrics["samples_per_second"])
+    age = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime
+    rows = [("step", f"{step}, logged {_duration(age)} ago"), ("rate", f"{rate:.0f} samples/s")]
+    config = read_recipe(Config, str(run_dir / "config.yaml"))
+    batch = metrics["samples"] / step
+    last_step = config.max_steps or -(-config.train.total_samples // batch)
+    left = max(last_step - step, 0) * batch / rate if rate else float("inf")
+    return [*rows, ("left", f"{_duration(left)} to step {last_step:.0f}")]
+
+
+def _checkpoint(run_dir: Path) -> str:
+    step = newest_step(run_dir)
+    if step == 0:
+        return "none yet"
+    age = time.time() - (run_dir / "checkpoints" / "latest").stat().st_mtime
+    return f"step {step}, {_duration(age)} ago"
+
+
+def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        return None
+    whole = [line for line in lines if line.endswith("\n")]
+    values: dict[str, Any] | None = json.loads(whole[-1]) if whole else None
+    return values
+
+
+def _duration(seconds: float) -> str:
+    """5 s, 12 min, 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
