@@ -102,13 +102,20 @@ def load(network: nn.Module, state: State, origin: str) -> None:
 
 
 def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
-    """Writes an export; `about` (plain values) is kept in config.json beside the sizes: step, samples and the like."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in NETWORKS:
-        state = {key: tensor.contiguous() for key, tensor in getattr(weights, name).items()}
-        save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    """Writes an export; `about` (plain values) is kept in config.json beside the sizes: step, samples and the like.
+
+    config.json goes first and comes last, so that half an export is none. UserError where it cannot be written.
+    """
     description = {"format": FORMAT, "model": to_dict(weights.model), "about": about}
-    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        for name in NETWORKS:
+            state = {key: tensor.contiguous() for key, tensor in getattr(weights, name).items()}
+            save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf8")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from None
 
 
 def read_export(folder: Path) -> Weights:
@@ -180,8 +187,11 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
             f"{weights.origin}: no 16×16 position embedding gives its 8×32 one; the closest is off by {residual:.2%} "
             f"of its length (at most {LARGEST_RESIDUAL:.1%} passes); --lossy writes it nevertheless"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); choose another --out") from None
     return residual
 
 

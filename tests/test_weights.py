@@ -1,0 +1,268 @@
+"""Official checkpoints in and out, exports, and the verb: what is kept, and how everything else is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ccd_train import export, weights
+from ccd_train.config import Model
+from ccd_train.errors import UserError
+from ccd_train.models.ccd import Student, Teacher
+
+OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
+HEADS = json.loads((OFFICIAL.parent / "meta.json").read_text())["num_heads"]
+NANO = Model(
+    width=64, depth=6, heads=1, segmentation_width=16, head_hidden=32, head_bottleneck=16, prototypes=48,
+)  # fmt: skip
+
+
+def fresh(model: Model = NANO, seed: int = 0) -> weights.Weights:
+    """Weights as after some training: no tensor is still what it was initialised to."""
+    torch.manual_seed(seed)
+    states = {}
+    for name, kind in weights.NETWORKS.items():
+        state = kind(model).state_dict()
+        states[name] = {key: torch.randn(tensor.shape).abs() + 0.1 for key, tensor in state.items()}
+    return weights.Weights(model, states["teacher"], states["student"], "a test")
+
+
+def resizable(found: weights.Weights) -> weights.Weights:
+    """The same with a position embedding that an official one can give."""
+    embedding = weights.resize_embedding(torch.randn(1, 256, found.model.width))
+    states = {name: {**getattr(found, name), weights.EMBEDDING: embedding} for name in weights.NETWORKS}
+    return replace(found, **states)
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance, msg=name)
+
+
+def official(path: Path = OFFICIAL) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the official checkpoint with a change."""
+    content = official()
+    change(content)
+    torch.save(content, path)
+    return path
+
+
+def test_an_export_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    found = fresh()
+    weights.write_export(tmp_path / "out", found, {"step": 7})
+    for path in (tmp_path / "out", tmp_path / "out" / "teacher.safetensors"):
+        back = weights.read(path)
+        assert back.model == NANO
+        assert_equal(back.teacher, found.teacher)
+        assert_equal(back.student, found.student)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["about"] == {"step": 7}
+
+
+def test_official_in_and_out_again_changes_nothing_that_is_used(tmp_path: Path) -> None:
+    """All but conv_mla comes back with its value; the position embedding with what the official code makes of it."""
+    residual = weights.write_official(tmp_path / "again.pth", weights.read_official(OFFICIAL, HEADS))
+    assert residual < 1e-6
+    before, after = official(), official(tmp_path / "again.pth")
+    for network in weights.NETWORKS:
+        used = {name for name in before[network] if "conv_mla" not in name}
+        assert used == after[network].keys()
+        for name in used - {"module.backbone.cls_token"}:
+            old, new = before[network][name], after[network][name]
+            if name.endswith("num_batches_tracked"):
+                continue
+            if name.endswith("pos_embed"):
+                old, new = weights.resize_embedding(old), weights.resize_embedding(new)
+                torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
+            else:
+                assert torch.equal(new, old.float()), name
+
+
+def test_ours_to_official_and_back(tmp_path: Path) -> None:
+    found = resizable(fresh())
+    assert weights.write_official(tmp_path / "ours.pth", found) < 1e-5
+    back = weights.read(tmp_path / "ours.pth")
+    assert back.model == NANO
+    assert_equal(back.student, found.student, 1e-5)
+    assert_equal(back.teacher, found.teacher, 1e-5)
+
+
+def test_every_tensor_has_an_official_name_of_its_own() -> None:
+    names = [weights.official_name(name) for name in fresh().student]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if name.startswith(("vit.", "projection."))]
+
+
+def test_a_position_embedding_that_has_no_official_form_is_refused_unless_lossy(tmp_path: Path) -> None:
+    found = fresh()
+    with pytest.raises(UserError, match=r"position embedding.* off by \d+\.\d+%.*--lossy"):
+        weights.write_official(tmp_path / "ours.pth", found)
+    assert not (tmp_path / "ours.pth").exists()
+    residual = weights.write_official(tmp_path / "ours.pth", found, lossy=True)
+    back = weights.read(tmp_path / "ours.pth").student[weights.EMBEDDING]
+    embedding = found.student[weights.EMBEDDING]
+    assert float((back - embedding).norm() / embedding.norm()) == pytest.approx(residual, rel=0.2)
+    assert residual > weights.LARGEST_RESIDUAL
+
+
+def test_the_closest_embedding_is_the_closest() -> None:
+    """No small step from it, in any of 50 directions, comes closer."""
+    wanted = torch.randn(1, 256, 3, generator=torch.Generator().manual_seed(0))
+    closest, residual = weights.official_embedding(wanted)
+    for seed in range(50):
+        step = 0.02 * torch.randn(closest.shape, generator=torch.Generator().manual_seed(seed))
+        other = (weights.resize_embedding(closest + step) - wanted).norm() / wanted.norm()
+        assert other > residual
+
+
+def test_other_taps_are_refused_unless_lossy(tmp_path: Path) -> None:
+    found = resizable(fresh(replace(NANO, taps=(1, 2, 3))))
+    with pytest.raises(UserError, match=r"blocks \(1, 2, 3\)"):
+        weights.write_official(tmp_path / "ours.pth", found)
+    weights.write_official(tmp_path / "ours.pth", found, lossy=True)
+    assert (tmp_path / "ours.pth").exists()
+
+
+def test_heads_that_the_tensors_do_not_tell_must_be_given() -> None:
+    with pytest.raises(UserError, match="--heads"):
+        weights.read(OFFICIAL)
+    assert weights.read(OFFICIAL, heads=HEADS).model.heads == HEADS
+    with pytest.raises(UserError, match=r"model\.heads"):
+        weights.read(OFFICIAL, heads=7)
+
+
+def rename(network: str, old: str, new: str | None) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        tensor = content[network].pop(f"module.{old}")
+        if new is not None:
+            content[network][f"module.{new}"] = tensor
+
+    return change
+
+
+def cut(content: dict[str, Any]) -> None:
+    name = "module.backbone.blocks.3.mlp.fc2.weight"
+    content["teacher"][name] = content["teacher"][name][:, :5]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (rename("teacher", "backbone.norm.bias", None), r"backbone\.norm\.bias is missing"),
+        (rename("student", "segmentation.cls.bias", "segmentation.clss.bias"), r"segmentation\.cls\.bias is missing"),
+        (rename("student", "segmentation.cls.bias", "segmentation.clss.bias"), r"clss\.bias has no place"),
+        (cut, r"blocks\.3\.mlp\.fc2\.weight is 32×5 instead of 32×128"),
+        (lambda content: content.pop("teacher"), "no teacher in it"),
+        (lambda content: content["student"].update(number=3), "student: number"),
+        (rename("student", "head.last_layer.weight_v", None), "weight_v is missing"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], None], named: str, tmp_path: Path) -> None:
+    path = changed(tmp_path / "changed.pth", change)
+    with pytest.raises(UserError, match=named) as refusal:
+        weights.read_official(path, HEADS)
+    assert "\n" not in str(refusal.value)
+
+
+def test_loading_into_another_network_names_what_differs() -> None:
+    with pytest.raises(UserError, match=r"projection\.prototypes\.direction is 48×16 instead of 24×16"):
+        weights.load(Student(replace(NANO, prototypes=24)), fresh().student, "a test")
+    weights.load(Teacher(NANO), fresh().teacher, "a test")
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "bad.pth"
+    marker = tmp_path / "was_here"
+
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (marker,))
+
+    torch.save({"student": Touch()}, path)
+    with pytest.raises(UserError, match="could run code"):
+        weights.read(path)
+    assert not marker.exists()
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    text, short, foreign = tmp_path / "text.pth", tmp_path / "short.pth", tmp_path / "list.pth"
+    text.write_text("not a checkpoint")
+    short.write_bytes(OFFICIAL.read_bytes()[:200_000])
+    torch.save([1, 2], foreign)
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    for path in (text, short, foreign, tmp_path / "zip.pth", tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(UserError) as refusal:
+            weights.read(path)
+        assert str(path) in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_export_is_refused(tmp_path: Path) -> None:
+    weights.write_export(tmp_path, fresh(), {})
+    state = load_file(tmp_path / "student.safetensors")
+    del state["vit.norm.bias"]
+    save_file(state, tmp_path / "student.safetensors")
+    with pytest.raises(UserError, match=r"student\.safetensors.*vit\.norm\.bias is missing"):
+        weights.read(tmp_path)
+    (tmp_path / "student.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        weights.read(tmp_path)
+    description = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**description, "model": {"widht": 3}}))
+    with pytest.raises(UserError, match="widht"):
+        weights.read(tmp_path)
+
+
+def test_the_verb_turns_official_into_ours_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, again = str(tmp_path / "ours"), str(tmp_path / "again.pth")
+    assert export.main(["--weights", str(OFFICIAL), "--heads", str(HEADS), "--out", ours]) == 0
+    assert export.main(["--weights", ours, "--out", again]) == 0
+    assert "off by" in capsys.readouterr().out
+    assert_equal(weights.read(Path(again), HEADS).teacher, weights.read(Path(ours)).teacher, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--weights"),
+        (["--weights", str(OFFICIAL)], "--out"),
+        (["--weights", "/nowhere/at/all", "--out", "x"], "/nowhere/at/all"),
+        (["--weights", str(OFFICIAL.parent), "--out", "x"], "no weights here"),
+        (["--weights", str(OFFICIAL), "--out", "/proc/nothing/here"], "--heads"),
+    ],
+)
+def test_the_verb_refuses_in_one_line(arguments: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        export.main(arguments)
+
+
+def test_an_export_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        weights.write_export(tmp_path / "file", fresh(), {})
+    with pytest.raises(UserError, match="cannot be written"):
+        weights.write_official(tmp_path / "file" / "x.pth", resizable(fresh()))
+
+
+def test_the_command_ends_with_code_2_and_no_traceback() -> None:
+    command = [sys.executable, "-m", "ccd_train", "export", "--weights", "/nowhere", "--out", "x"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=OFFICIAL.parents[2])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert len(ended.stderr.splitlines()) == 1
