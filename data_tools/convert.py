@@ -192,8 +192,8 @@ def _check_space(out: Path, jobs: Sequence[Job]) -> None:
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(
-            f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, choose another --out, "
-            "or convert a part of it with --slice"
+            f"{out}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free; make room, choose another "
+            "--out, or convert a part of it with --slice"
         )
 
 

@@ -19,7 +19,7 @@ JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, extended, progressive;
 JPEG_LOSSLESS = {0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless or hierarchical: no common decoder reads it
 OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 
-# What Pillow's readers raise on damaged data (found by mutating real words, see tests/test_images.py).
+# What Pillow's readers may raise on damaged data: they parse with struct and zlib, and check little beforehand.
 _UNREADABLE = (
     OSError,
     SyntaxError,

@@ -368,7 +368,7 @@ def test_the_command_line_refuses_in_one_line_with_code_2(tmp_path: Path) -> Non
 
 
 def test_too_little_disk_is_said_before_it_begins(words: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "small", "64k") as out, pytest.raises(UserError, match=r"0\.00 GB are free; make room"):
+    with small_disk(tmp_path / "small", "64k") as out, pytest.raises(UserError, match=r"0\.1 MB are free; make room"):
         run("--src", words, "--out", out / "o", "--name", "w")
 
 

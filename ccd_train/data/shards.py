@@ -44,7 +44,7 @@ ROW = np.dtype(
 )
 _COLUMNS = {part: (1 + i, 4 + i, 7 + i) for i, part in enumerate(PARTS)}  # place, size and CRC in a row
 
-_OPEN_FILES = 128  # tars that a Corpus keeps open in each process
+_OPEN_SHARDS = 128  # that a Corpus keeps open in each process, with two files each
 
 
 class DamagedManifestError(UserError):
@@ -240,8 +240,7 @@ class Corpus:
         self.first_sample = np.cumsum(self.shard_samples) - self.shard_samples
         self.num_samples = int(self.shard_samples.sum())
         self._kept = kept  # shard → its rows that are not excluded, int64, where any is
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._offsets: dict[int, np.ndarray] = {}
+        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()  # shard → file of the tar, and its rows
 
     @classmethod
     def open(cls, folders: str | Path | Sequence[str | Path], exclude: str | Path | None = None) -> Corpus:
@@ -281,14 +280,15 @@ class Corpus:
 
         Raises DamagedSampleError if the bytes are not those that were converted (their CRC-32 differs).
         """
-        stored = self.places(shard)[self._stored_row(shard, row)].item()  # a plain tuple: ten times faster to look into
+        tar, rows = self._opened(shard)
+        stored = rows[self._stored_row(shard, row)].item()  # a plain tuple: ten times faster to look into
         found: list[bytes | None] = []
         for part in parts:
             place, size, crc = (stored[column] for column in _COLUMNS[part])
             if place == 0:
                 found.append(None)
                 continue
-            content = os.pread(self._file(shard), size, place)
+            content = os.pread(tar, size, place)
             if zlib.crc32(content) != crc or len(content) != size:
                 where = f"{self.paths[shard]}, byte {place}"
                 raise DamagedSampleError(f"{where}: the {part} of {self.key(shard, row)!r} is damaged")
@@ -297,45 +297,43 @@ class Corpus:
 
     def key(self, shard: int, row: int) -> str:
         """The sample's key: the name of its members up to the extension. "?" if its header is damaged."""
-        places = self.places(shard)[self._stored_row(shard, row)]
-        size = int(places["image"]) - int(places["header"])
-        header = os.pread(self._file(shard), size, int(places["header"]))
+        tar, rows = self._opened(shard)
+        stored = rows[self._stored_row(shard, row)]
+        header = os.pread(tar, int(stored["image"]) - int(stored["header"]), int(stored["header"]))
         try:
-            with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
-                member = tar.next()
+            with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as archive:
+                member = archive.next()
         except tarfile.TarError:
             return "?"
         return split_name(member.name)[0] if member else "?"
 
     def places(self, shard: int) -> np.ndarray:
         """The offsets of a shard, dtype ROW, excluded samples included."""
-        if shard not in self._offsets:
-            self._offsets[shard] = read_offsets(self.paths[shard].with_name(self.shards[shard].offsets_file))
-        return self._offsets[shard]
+        return self._opened(shard)[1]
 
     def prefetch(self, shard: int) -> None:
         """Asks the system to read a shard into its cache, without waiting for it."""
-        os.posix_fadvise(self._file(shard), 0, 0, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._opened(shard)[0], 0, 0, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Closes all files; the next read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-        self._offsets.clear()
+        while self._open:
+            os.close(self._open.popitem()[1][0])
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict(), "_offsets": {}}
+        return self.__dict__ | {"_open": OrderedDict()}
 
     def _stored_row(self, shard: int, row: int) -> int:
         return int(self._kept[shard][row]) if shard in self._kept else row
 
-    def _file(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        while len(self._files) >= _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return self._files.setdefault(shard, os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC))
+    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1][0])
+        rows = read_offsets(self.paths[shard].with_name(self.shards[shard].offsets_file))
+        return self._open.setdefault(shard, (os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC), rows))
 
 
 def _digest(content: list[Any]) -> str:
