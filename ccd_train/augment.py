@@ -1,90 +1,31 @@
-"""The two views of a batch: photometric chains and the affine, on the device that the images are on.
+"""The views of a batch: photometric chains and warps, on the device that the images are on.
 
-What a sample draws is a pure function of its key, so the host works it out while the device is still busy, and neither
-waits for the other: the device gets one table of indices and keys, and one of parameters. For each group the images are
-brought into the order of the operations they drew, so that every operation works on one slice of the batch in place.
+Every draw is a pure function of a sample's key, whatever batch the sample is in and whatever device it is on.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ccd_train.draws import field, mix, operation_word, uniform
-from ccd_train.geometry import Affine, sample_theta, warp_images
-from ccd_train.photometric import blur, clahe, color, contrast, filters, jpeg, noise, weather
-from ccd_train.severities import RANGES, WHOLE, Augment, Chain, Group
+from ccd_train.draws import field, mix, uniform
+from ccd_train.errors import UserError
+from ccd_train.geometry import Affine, sample_theta, sampling_grid, warp_images
+from ccd_train.photometric.chain import Runner, upload
+from ccd_train.photometric.tables import constant
+from ccd_train.severities import Augment
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as every ViT of this family is fed
 STD = (0.229, 0.224, 0.225)
+REGULAR, IRREGULAR = 1, 2  # the words that make the two views' keys from a sample's
 
-Operation = Callable[..., Tensor]
-OPERATIONS: dict[str, Operation] = {
-    operation.__name__: operation
-    for operation in (
-        noise.add_elementwise,
-        noise.gaussian_noise,
-        noise.laplace_noise,
-        noise.poisson_noise,
-        noise.multiply,
-        noise.multiply_elementwise,
-        noise.dropout,
-        noise.coarse_dropout,
-        noise.drop_channels,
-        noise.impulse_noise,
-        noise.salt_and_pepper,
-        noise.salt,
-        noise.pepper,
-        noise.invert,
-        noise.solarize,
-        jpeg.jpeg,
-        filters.emboss,
-        filters.edge_detect,
-        filters.directed_edge_detect,
-        filters.edge_enhance_more,
-        filters.contour,
-        color.hue,
-        color.hue_far,
-        color.brightness,
-        color.multiply_brightness,
-        color.multiply_hue_saturation,
-        color.add_hue_saturation,
-        color.grey_blend,
-        color.kmeans_colors,
-        color.uniform_colors,
-        color.temperature,
-        color.channel_shuffle,
-        filters.sharpen,
-        blur.gaussian_blur,
-        blur.average_blur,
-        blur.median_blur_3,
-        blur.median_blur_5,
-        blur.median_blur_7,
-        blur.motion_blur,
-        blur.bilateral_blur,
-        contrast.gamma,
-        contrast.linear_contrast,
-        contrast.sigmoid_contrast,
-        contrast.log_contrast,
-        contrast.equalize,
-        contrast.equalize_channels,
-        clahe.clahe,
-        clahe.clahe_channels,
-        weather.fog,
-        weather.clouds,
-        weather.snow,
-        weather.rain,
-    )
-}
-
-
-def parameters(operation: str) -> list[str]:
-    """The names of what an operation draws per image."""
-    return list(inspect.signature(OPERATIONS[operation]).parameters)[2:]
+STRAIGHT = Affine(probability=0.0)
+ROTATION = Affine(probability=1.0, scale=(1.0, 1.0), translate=0.0, rotate=45.0, shear_x=0.0, shear_y=0.0)
+KNOTS = 4  # of the piecewise affine, along each axis
+BEND = (0.01, 0.1)  # range of the standard deviation by which knots move, as a share of width and height
 
 
 @dataclass(frozen=True)
@@ -99,87 +40,16 @@ class Views:
     theta: Tensor
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Rows [start, stop) of a group's order drew `operation`, which takes the first `parameters` columns."""
-
-    operation: str
-    start: int
-    stop: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One group of a chain for one batch of N images, on the host."""
-
-    order: Tensor  # int64 [N]: which image stands where; those that draw nothing stand last
-    seeds: Tensor  # int64 [N], in that order: what draws per pixel are made from
-    parameters: Tensor  # float32 [N, columns], in that order
-    slices: list[Slice]
-
-    def apply(self, images: Tensor, seeds: Tensor, columns: Tensor) -> None:
-        """Changes images [N, 3, H, W] in place; they, their seeds [N] and parameters [N, columns] stand in the order."""
-        for part in self.slices:
-            rows = slice(part.start, part.stop)
-            values = columns[rows, : part.parameters, None, None, None].unbind(1)
-            images[rows] = OPERATIONS[part.operation](images[rows], seeds[rows], *values)
-        if self.slices:
-            images[: self.slices[-1].stop].clamp_(0, 255).round_()
-
-
-class Table:
-    """A group of a chain as tensors: what turns uniform draws into operations and their parameters."""
-
-    def __init__(self, chain: Chain, group: Group) -> None:
-        self.name, self.probability, self.operations = group.name, group.probability, list(group.operations)
-        weights = torch.tensor(list(group.operations.values()), dtype=torch.float64)
-        self.bounds = weights.cumsum(0) / weights.sum()
-        self.counts = [len(parameters(operation)) for operation in self.operations]
-        self.words = torch.tensor([operation_word(operation) for operation in [*self.operations, "none"]])
-        # one row more for "none"; a parameter without a range is a draw from [0, 1) as it is
-        self.low = torch.zeros(len(self.operations) + 1, max(self.counts))
-        self.span = torch.ones_like(self.low)
-        self.whole = torch.zeros_like(self.low, dtype=torch.bool)
-        for row, operation in enumerate(self.operations):
-            for column, parameter in enumerate(parameters(operation)):
-                name = f"{operation}.{parameter}"
-                if name in RANGES:
-                    low, high = chain.range(name)
-                    whole = name in WHOLE
-                    self.low[row, column], self.span[row, column], self.whole[row, column] = (
-                        low,
-                        high - low + whole,
-                        whole,
-                    )
-
-    def stage(self, keys: Tensor, skip: Tensor) -> Stage:
-        """What images with these keys [N] draw; none where skip [N]."""
-        draws = field(keys, self.name, 2 + self.low.shape[1])
-        chosen = torch.bucketize(draws[:, 1].double(), self.bounds[:-1], right=True)
-        none = skip | (draws[:, 0] >= self.probability)
-        chosen = chosen.masked_fill(none, len(self.operations))
-        order = chosen.argsort(stable=True)
-        drawn = torch.addcmul(self.low[chosen], self.span[chosen], draws[:, 2:])
-        drawn = torch.where(self.whole[chosen], drawn.floor(), drawn)
-        stops = chosen.bincount(minlength=len(self.operations)).cumsum(0).tolist()
-        starts = [0, *stops]
-        slices = [
-            Slice(operation, start, stop, count)
-            for operation, start, stop, count in zip(self.operations, starts, stops, self.counts, strict=False)
-            if stop > start
-        ]
-        seeds = mix(keys, self.words[chosen])
-        return Stage(order, seeds[order], drawn[order], slices)
-
-
 class Augmentation:
-    """Makes views: `Augmentation(settings)(images, native_size, keys)`. Has no state, and consumes no generator."""
+    """Pretraining's two views. Both go through the chain; the irregular one then through θ, or through neither."""
 
     def __init__(self, settings: Augment, affine: Affine) -> None:
+        """UserError for a chain of fine-tuning: what it bends has no θ for the masks to follow."""
         chain = settings.resolve()
-        self.identity, self.affine = chain.identity, affine
-        self.tables = [Table(chain, group) for group in chain.groups]
+        if chain.warp > 0:
+            raise UserError(f"augment.chain = {settings.chain}: bends images without their masks; take a severity_…")
+        self.affine = affine
+        self.chain = Runner(chain)
 
     @torch.no_grad()
     def __call__(self, images_u8: Tensor, native_size: Tensor, keys: Tensor) -> Views:
@@ -190,10 +60,9 @@ class Augmentation:
         keys, native_size = keys.cpu(), native_size.cpu()
         theta = sample_theta(keys, native_size, self.affine)
         warped = (theta != torch.eye(2, 3)).flatten(1).any(dim=1)
-        views = self.photometric(
+        views = self.chain(
             images_u8.repeat(2, 1, 1, 1),
-            torch.cat([mix(keys, 1), mix(keys, 2)]),
-            # where the affine is not drawn, the irregular view is the crop itself
+            torch.cat([mix(keys, REGULAR), mix(keys, IRREGULAR)]),
             torch.cat([torch.zeros_like(warped), ~warped]),
         )
         regular, irregular = views.chunk(2)
@@ -203,33 +72,49 @@ class Augmentation:
         normalize(views)
         return Views(regular, irregular, theta)
 
-    def photometric(self, images_u8: Tensor, keys: Tensor, skip: Tensor) -> Tensor:
-        """Images [N, 3, H, W] through the chain, with keys [N] on the host; float32, whole levels 0–255.
 
-        Images with skip [N] keep out of it, besides those that draw the identity.
-        """
-        skip = skip | (uniform(keys, "identity") < self.identity)
-        stages = [table.stage(keys, skip) for table in self.tables]
-        moves, places = [], torch.arange(len(keys))  # places[i]: where image i stands
-        for stage in stages:
-            moves.append(places[stage.order])
-            places = stage.order.argsort()
-        indices = upload(torch.stack([*moves, *(stage.seeds for stage in stages), places]), images_u8.device)
-        columns = upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
-        images = images_u8.float()
-        for number, stage in enumerate(stages):
-            images = images.index_select(0, indices[number])
-            stage.apply(images, indices[len(stages) + number], columns[:, : stage.parameters.shape[1]])
-            columns = columns[:, stage.parameters.shape[1] :]
-        return images.index_select(0, indices[-1])
+class WordAugmentation:
+    """Fine-tuning's single, stronger view: its chain, then one of affine, piecewise affine, rotation."""
+
+    def __init__(self, settings: Augment, affine: Affine) -> None:
+        chain = settings.resolve()
+        self.probability = chain.warp
+        self.warps = (replace(affine, probability=1.0), STRAIGHT, ROTATION)
+        self.chain = Runner(chain)
+
+    @torch.no_grad()
+    def __call__(self, images_u8: Tensor, native_size: Tensor, keys: Tensor) -> Tensor:
+        """float32 [B, 3, 32, 128], normalised. The arguments are those of `Augmentation`."""
+        keys, native_size = keys.cpu(), native_size.cpu()
+        images = self.chain(images_u8, keys, torch.zeros(len(keys), dtype=torch.bool))
+        rows = (uniform(keys, "warp") < self.probability).nonzero()[:, 0]
+        if len(rows):
+            keys, native_size = keys[rows], native_size[rows]
+            kind = (uniform(keys, "warp.kind") * len(self.warps)).long()
+            thetas = torch.stack([sample_theta(keys, native_size, warp) for warp in self.warps])
+            theta, knots = thetas[kind, torch.arange(len(rows))], draw_knots(keys) * (kind == 1)[:, None, None, None]
+            rows, theta, knots = (upload(table, images.device) for table in (rows, theta, knots))
+            images.index_copy_(0, rows, bend(images.index_select(0, rows), theta, knots))
+        normalize(images)
+        return images
 
 
-def upload(table: Tensor, device: torch.device) -> Tensor:
-    """The table on the device, without waiting for what the device is doing."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+def draw_knots(keys: Tensor) -> Tensor:
+    """How far the knots of a piecewise affine are moved, in normalised coordinates (x, y): float32 [B, 2, 4, 4]."""
+    low, high = BEND
+    deviation = low + (high - low) * uniform(keys, "warp.bend").double()
+    normal: Tensor = torch.special.ndtri(field(keys, "warp.knots", 2 * KNOTS**2).double().clamp(min=2.0**-25))
+    return (2 * deviation[:, None] * normal).float().view(-1, 2, KNOTS, KNOTS)
+
+
+def bend(images: Tensor, theta: Tensor, knots: Tensor) -> Tensor:
+    """Images [B, 3, H, W] through θ [B, 2, 3] and moved by what lies between the knots [B, 2, 4, 4]; 0 outside."""
+    moved = F.interpolate(knots, size=images.shape[2:], mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+    grid = sampling_grid(theta, *images.shape[2:]) + moved
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def normalize(images: Tensor) -> None:
     """Grey levels 0–255 to ImageNet's mean 0 and deviation 1, in place."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (constant(values, images.device)[:, None, None] for values in (MEAN, STD))
     images.mul_(1 / (255 * std)).sub_(mean / std)

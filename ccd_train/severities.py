@@ -128,10 +128,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Chain:
-    """The groups in their order, the probability of none of them, and the ranges that differ from `RANGES`."""
+    """The groups in their order, the probability of none of them, and the ranges that differ from `RANGES`.
+
+    `warp` is the probability of fine-tuning's last group: one of affine, piecewise affine, rotation.
+    """
 
     groups: tuple[Group, ...]
     identity: float = 0.0
+    warp: float = 0.0
     ranges: dict[str, Range] = field(default_factory=dict)
 
     def range(self, name: str) -> Range:
@@ -144,78 +148,172 @@ def evenly(*operations: str, share: float = 1.0) -> dict[str, float]:
     return dict.fromkeys(operations, share / len(operations))
 
 
-# The official chain gives the median a fifth of the blurs, for sizes 3 … 7, of which even ones become the next odd one.
-BLURS = {
-    **evenly("gaussian_blur", "average_blur", "motion_blur", "bilateral_blur", share=0.4),
-    "median_blur_3": 0.02,
-    "median_blur_5": 0.04,
-    "median_blur_7": 0.04,
-}
+# Lists that several chains share. The official median draws a size of 3 … 7 and makes even ones odd: 3, 5, 5, 7, 7.
+MEDIANS = {"median_blur_3": 0.2, "median_blur_5": 0.4, "median_blur_7": 0.4}
+NOISE = (
+    "add_elementwise",
+    "gaussian_noise",
+    "laplace_noise",
+    "poisson_noise",
+    "multiply",
+    "multiply_elementwise",
+    "dropout",
+    "coarse_dropout",
+    "drop_channels",
+    "impulse_noise",
+    "salt_and_pepper",
+    "salt",
+    "pepper",
+    "solarize",
+    "jpeg",
+    "emboss",
+    "edge_detect",
+    "directed_edge_detect",
+    "edge_enhance_more",
+    "contour",
+)
+COLOR = (
+    "hue",
+    "brightness",
+    "multiply_hue_saturation",
+    "add_hue_saturation",
+    "hue_far",
+    "grey_blend",
+    "kmeans_colors",
+    "uniform_colors",
+    "temperature",
+)
+CONTRAST = (
+    "gamma",
+    "linear_contrast",
+    "sigmoid_contrast",
+    "log_contrast",
+    "equalize",
+    "equalize_channels",
+    "clahe",
+    "clahe_channels",
+)
+WEATHER = ("fog", "clouds", "snow", "rain")
+OLD_COLOR = (  # of severities 1, 3 and 4, and part of 6
+    "channel_shuffle",
+    "grey_blend",
+    "kmeans_colors",
+    "equalize",
+    "dropout",
+    "gamma",
+    "multiply_brightness",
+    "add_hue_saturation",
+    "temperature",
+)
+OLD_NOISE = ("emboss", "gaussian_noise", "impulse_noise", "multiply_elementwise")
+TOGETHER = (1.0, 1.0)  # per_channel: never
+
+
+def sharpness(probability: float, *blurs: str) -> Group:
+    """Sharpen, or one of the blurs and the median, half and half."""
+    share = 0.5 / (len(blurs) + 1)
+    medians = {name: weight * share for name, weight in MEDIANS.items()}
+    return Group("sharpness", probability, {"sharpen": 0.5, **evenly(*blurs, share=share * len(blurs)), **medians})
+
+
+def _old(invert: float) -> Chain:
+    """Severities 1 and 3."""
+    return Chain(
+        groups=(
+            Group("invert", 1.0, evenly("invert")),
+            Group("color", 1.0, evenly(*OLD_COLOR)),
+            sharpness(1.0, "gaussian_blur", "average_blur", "motion_blur"),
+            Group("noise", 1.0, evenly(*OLD_NOISE)),
+        ),
+        ranges={
+            "invert.probability": (invert, invert),
+            "dropout.share": (0, 0.2),
+            "multiply_elementwise.per_channel": TOGETHER,
+        },
+    )
+
+
+def _finetune(invert: float, any_one: float, sharp: float, contrast: float, warp: float) -> Chain:
+    """Fine-tuning's chain with the probabilities of its five groups."""
+    return Chain(
+        groups=(
+            Group("invert", invert, evenly("invert")),
+            Group("any", any_one, evenly("channel_shuffle", *NOISE, "multiply_brightness", *COLOR, *WEATHER)),
+            sharpness(sharp, "gaussian_blur", "average_blur", "motion_blur"),
+            Group("contrast", contrast, evenly(*CONTRAST)),
+        ),
+        warp=warp,
+        ranges={"invert.probability": (0.1, 0.1)},
+    )
+
 
 CHAINS: dict[str, Chain] = {
+    # what is photometric in ABINet's augmentation, nearest: its scales, rotations and perspectives have no θ of ours
+    "severity_0": Chain(
+        groups=(
+            Group("noise", 0.25, evenly("gaussian_noise")),
+            Group("sharpness", 0.25, evenly("motion_blur")),
+            Group("color", 0.25, evenly("multiply_brightness", "linear_contrast", "multiply_hue_saturation", "hue")),
+        ),
+        ranges={
+            "gaussian_noise.scale": (1, 4.5),
+            "linear_contrast.factor": (0.5, 1.5),
+            "multiply_hue_saturation.hue_factor": (1, 1),
+            "hue.shift": (-18, 18),
+        },
+    ),
+    "severity_1": _old(invert=0.5),
+    # one to all of seven operations in any order; these three are drawn in 4/7 of the cases, the others move pixels
+    "severity_2": Chain(
+        groups=(
+            Group("contrast", 4 / 7, evenly("linear_contrast")),
+            Group("blur", 4 / 7, evenly("gaussian_blur")),
+            Group("sharpness", 4 / 7, evenly("sharpen")),
+        )
+    ),
+    "severity_3": _old(invert=0.1),
+    "severity_4": Chain(
+        identity=0.2,
+        groups=(
+            Group("invert", 0.3, evenly("invert")),
+            Group("color", 0.6, evenly(*OLD_COLOR, "clahe", "linear_contrast")),
+            sharpness(0.6, "gaussian_blur", "average_blur", "motion_blur"),
+            Group("noise", 0.6, evenly(*OLD_NOISE, "coarse_dropout")),
+        ),
+        ranges={
+            "invert.probability": (0.1, 0.1),
+            "gaussian_noise.scale": (0, 25.5),
+            "impulse_noise.share": (0.05, 0.05),
+            "multiply_elementwise.per_channel": TOGETHER,
+            "coarse_dropout.size": (0.5, 0.5),
+            "coarse_dropout.per_channel": TOGETHER,
+        },
+    ),
     "severity_5": Chain(
         identity=0.2,
         groups=(
-            Group(
-                "noise",
-                1.0,
-                evenly(
-                    "add_elementwise",
-                    "gaussian_noise",
-                    "laplace_noise",
-                    "poisson_noise",
-                    "multiply",
-                    "multiply_elementwise",
-                    "dropout",
-                    "coarse_dropout",
-                    "drop_channels",
-                    "impulse_noise",
-                    "salt_and_pepper",
-                    "salt",
-                    "pepper",
-                    "invert",
-                    "solarize",
-                    "jpeg",
-                    "emboss",
-                    "edge_detect",
-                    "directed_edge_detect",
-                    "edge_enhance_more",
-                    "contour",
-                ),
-            ),
-            Group(
-                "color",
-                0.7,
-                evenly(
-                    "hue",
-                    "brightness",
-                    "multiply_hue_saturation",
-                    "add_hue_saturation",
-                    "hue_far",
-                    "grey_blend",
-                    "kmeans_colors",
-                    "uniform_colors",
-                    "temperature",
-                ),
-            ),
-            Group("sharpness", 0.7, {"sharpen": 0.5, **BLURS}),
-            Group(
-                "contrast",
-                0.7,
-                evenly(
-                    "gamma",
-                    "linear_contrast",
-                    "sigmoid_contrast",
-                    "log_contrast",
-                    "equalize",
-                    "equalize_channels",
-                    "clahe",
-                    "clahe_channels",
-                ),
-            ),
-            Group("weather", 0.7, evenly("fog", "clouds", "snow", "rain")),
+            Group("noise", 1.0, evenly(*NOISE, "invert")),
+            Group("color", 0.7, evenly(*COLOR)),
+            sharpness(0.7, "gaussian_blur", "average_blur", "motion_blur", "bilateral_blur"),
+            Group("contrast", 0.7, evenly(*CONTRAST)),
+            Group("weather", 0.7, evenly(*WEATHER)),
         ),
     ),
+    "severity_6": Chain(
+        groups=(
+            Group(
+                "any",
+                1.0,
+                evenly(
+                    *("hue", "brightness", "multiply_hue_saturation", "hue_far", "uniform_colors"),
+                    *(*OLD_COLOR, "sharpen", "clahe", "linear_contrast"),
+                ),
+            ),
+        ),
+        ranges={"dropout.share": (0, 0.2)},
+    ),
+    "finetune_small": _finetune(invert=0.6, any_one=0.8, sharp=0.6, contrast=0.6, warp=0.6),
+    "finetune_base": _finetune(invert=0.4, any_one=0.7, sharp=0.7, contrast=0.7, warp=0.5),
 }
 
 
@@ -252,7 +350,7 @@ def _override(chain: Chain, override: str) -> Chain:
         if low < 0 <= RANGES[key][0]:
             raise UserError(f"{where}: must not be negative")
         return replace(chain, ranges={**chain.ranges, key: (low, high)})
-    names = ["identity", *(group.name for group in chain.groups)]
+    names = ["identity", "warp", *(group.name for group in chain.groups)]
     if key not in names:
         near = difflib.get_close_matches(key, [*names, *RANGES], n=1) or names
         raise UserError(f"{where}: unknown {key}; did you mean {near[0]}?")
@@ -260,6 +358,8 @@ def _override(chain: Chain, override: str) -> Chain:
         raise UserError(f"{where}: a probability must be one number from 0 to 1")
     if key == "identity":
         return replace(chain, identity=low)
+    if key == "warp":
+        return replace(chain, warp=low)
     groups = (replace(group, probability=low) if group.name == key else group for group in chain.groups)
     return replace(chain, groups=tuple(groups))
 

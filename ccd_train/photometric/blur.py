@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccd_train.photometric.filters import correlate, look_up
+from ccd_train.photometric.filters import correlate
+from ccd_train.photometric.tables import look_up
 
 GAUSSIAN_RADIUS = 2  # 5 × 5: what imgaug takes for every sigma up to 1.8
 AVERAGE_RADIUS = 3
@@ -60,8 +61,8 @@ def average_blur(images: Tensor, seeds: Tensor, size: Tensor) -> Tensor:
 def motion_blur(images: Tensor, seeds: Tensor, angle: Tensor, direction: Tensor) -> Tensor:
     """The mean along a line of 5 pixels; angle 0 … 1 is a full turn.
 
-    Along the line the weights go linearly from `direction` (0 … 1) to 1 − direction. The line is drawn upright and rotated
-    by bilinear sampling.
+    Along the line the weights go linearly from `direction` (0 … 1) to 1 − direction. The line is drawn upright and
+    rotated by bilinear sampling.
     """
     turn, direction = angle.view(-1, 1, 1).double() * (2 * math.pi), direction.view(-1, 1, 1)
     offsets = _offsets(images, MOTION_RADIUS)
@@ -148,8 +149,8 @@ def median(images: Tensor, size: int) -> Tensor:
 def _sorted(values: list[Tensor]) -> list[Tensor]:
     """The values in rising order, pixel by pixel."""
     values = list(values)
-    for low, high in NETWORKS[len(values)].split():
-        _exchange(values, int(low), int(high))
+    for comparator in NETWORKS[len(values)].split():
+        _exchange(values, int(comparator[0]), int(comparator[1]))
     return values
 
 

@@ -1,8 +1,8 @@
 """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994), as OpenCV computes it.
 
 Each of tiles × tiles parts of a channel has an equalising table of its own, made from its clipped histogram; a pixel
-takes the bilinear mean of the tables of the four nearest parts. The number of tiles differs per image: an image has room
-for 8 × 8 tables and uses the first of them.
+takes the bilinear mean of the tables of the four nearest parts. The number of tiles differs per image: an image has
+room for 8 × 8 tables and uses the first of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def clahe_channels(images: Tensor, seeds: Tensor, limit: Tensor, tiles: Tensor) 
 
 def equalize_locally(planes: Tensor, limit: Tensor, tiles: Tensor) -> Tensor:
     """Planes [B, C, H, W] of whole levels, with a clip limit and a number of tiles [B, 1, 1, 1] (3 … 8) per image."""
-    count, channels, height, width = planes.shape
+    height, width = planes.shape[2:]
     tiles = tiles.view(-1, 1)
     # where a side is no multiple of the tiles, OpenCV mirrors both sides further, by tiles − side mod tiles
     exact = (height % tiles == 0) & (width % tiles == 0)
@@ -43,7 +43,7 @@ def equalize_locally(planes: Tensor, limit: Tensor, tiles: Tensor) -> Tensor:
     for row, down in zip(rows, row_share, strict=True):
         for column, across in zip(columns, column_share, strict=True):
             tile = (row[:, :, None] * MOST_TILES + column[:, None, :]) * LEVELS
-            values = tables.gather(1, (levels + tile[:, None]).view(count, -1)).view_as(planes)
+            values = tables.gather(1, (levels + tile[:, None]).flatten(1)).view_as(planes)
             result.addcmul_(values, (down[:, :, None] * across[:, None, :])[:, None])
     return result.mul_((255 / (tall * wide))[:, :, None, None])
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ccd_train.photometric.tables import constant
+
 LUMA = (9798.0, 19235.0, 3735.0)  # of 2¹⁵: ITU-R BT.601's 0.299, 0.587, 0.114, as OpenCV rounds them
 SEXTANT = 30.0  # hue units of a sextant
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -17,8 +19,9 @@ KMEANS_STRIDE = 2  # of rows and columns, for the rounds; all pixels are assigne
 
 def luma(images: Tensor) -> Tensor:
     """Grey level [B, 1, H, W]. Of whole levels all but the last step is exact, on every device."""
-    red, green, blue = images.split(1, dim=1)
-    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).mul_(2.0**-15)
+    red, green, blue = images.unbind(1)
+    grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).mul_(2.0**-15)
+    return grey[:, None]
 
 
 def grey_levels(images: Tensor) -> Tensor:
@@ -41,8 +44,8 @@ def to_hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def from_hsv(hue: Tensor, spread: Tensor, value: Tensor) -> Tensor:
-    """The inverse of `to_hsv`: channel c is value − spread · clamp(min(k, 4 − k), 0, 1) with k = hue + 5, 3, 1 mod 6."""
-    offset = (hue + hue.new_tensor((5, 3, 1)).view(1, 3, 1, 1)).remainder_(6)
+    """The inverse of `to_hsv`: a channel is value − spread · clamp(min(k, 4 − k), 0, 1), k = hue + 5, 3, 1 mod 6."""
+    offset = (hue + constant((5, 3, 1), hue.device).view(1, 3, 1, 1)).remainder_(6)
     return value - torch.minimum(offset, 4 - offset).clamp_(0, 1).mul_(spread)
 
 
@@ -76,8 +79,8 @@ def multiply_hue_saturation(images: Tensor, seeds: Tensor, hue_factor: Tensor, s
 def brightness(images: Tensor, seeds: Tensor, factor: Tensor, shift: Tensor, space: Tensor, order: Tensor) -> Tensor:
     """Brightness · factor + shift, or (brightness + shift) · factor where order < ½.
 
-    Brightness is the value of HSV where space < ⅓, else the luma: the official chain picks one of six colour spaces, two
-    of which (HSV, HLS) scale the channels and four (YCrCb, YUV, Lab, Luv) move them together.
+    Brightness is the value of HSV where space < ⅓, else the luma: the official chain picks one of six colour spaces,
+    two of which (HSV, HLS) scale the channels and four (YCrCb, YUV, Lab, Luv) move them together.
     """
     shift = shift * torch.where(order < 0.5, factor, torch.ones_like(factor))
     value, grey = images.amax(dim=1, keepdim=True), luma(images)
@@ -118,16 +121,16 @@ def uniform_colors(images: Tensor, seeds: Tensor, colors: Tensor) -> Tensor:
 
 def channel_shuffle(images: Tensor, seeds: Tensor, probability: Tensor, draw: Tensor, order: Tensor) -> Tensor:
     """One of the six orders of the channels, or nothing."""
-    table = torch.tensor(ORDERS, device=images.device)
     chosen = torch.where(draw < probability, (order * len(ORDERS)).long(), 0).flatten()
-    return images.gather(1, table[chosen][:, :, None, None].expand_as(images))
+    channels = constant(ORDERS, images.device).index_select(0, chosen).long()
+    return images.gather(1, channels[:, :, None, None].expand_as(images))
 
 
 def kmeans_colors(images: Tensor, seeds: Tensor, colors: Tensor) -> Tensor:
     """Each pixel in the nearest of `colors` (2 … 16) centres of k-means in RGB.
 
-    Lloyd's rounds (1982) start from the colours at equal ranks of luma. Centres are rounded to whole levels: distances and
-    sums are then whole numbers below 2²⁴, exact in float32, so that matrix products in any order give the same bits.
+    Lloyd's rounds (1982) start from the colours at equal ranks of luma. Centres are rounded to whole levels: distances
+    and sums are then whole numbers below 2²⁴, exact in float32, and matrix products in any order give the same bits.
     """
     sample = images[:, :, ::KMEANS_STRIDE, ::KMEANS_STRIDE].flatten(2)  # [B, 3, P]
     slots = torch.arange(16, device=images.device)

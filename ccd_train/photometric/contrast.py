@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ccd_train.photometric.color import grey_levels
-from ccd_train.photometric.filters import look_up
+from ccd_train.photometric.tables import look_up
 
 LEVELS = 256
 

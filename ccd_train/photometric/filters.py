@@ -1,4 +1,4 @@
-"""Table look-ups, and filters of a few pixels: sums of shifted images, in a fixed order, with a kernel per image."""
+"""Filters of a few pixels: sums of shifted images, in a fixed order, with a kernel per image."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ccd_train.photometric.tables import constant
+
 IDENTITY = ((0, 0, 0), (0, 1, 0), (0, 0, 0))
 LAPLACIAN = ((0, 1, 0), (1, -4, 1), (0, 1, 0))
 NEIGHBOURS = ((-1, -1, -1), (-1, 0, -1), (-1, -1, -1))
-
-
-def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replaces every value, cut to a whole number below N, by what its row's table says.
-
-    Tables [R, N] for the R equal parts of images [B, C, H, W] in memory order: R = B for a table per image. A look-up takes
-    a fifth of the time of computing a power, and gives the same bits everywhere.
-    """
-    size = tables.shape[1]
-    starts = torch.arange(0, tables.numel(), size, dtype=torch.int32, device=images.device)
-    index = images.to(torch.int32).view(len(tables), -1) + starts[:, None]
-    return tables.to(images.dtype).reshape(-1).index_select(0, index.view(-1)).view_as(images)
 
 
 def correlate(images: Tensor, kernels: Tensor, border: str = "reflect") -> Tensor:
@@ -41,7 +31,7 @@ def correlate(images: Tensor, kernels: Tensor, border: str = "reflect") -> Tenso
 def blend_kernels(alpha: Tensor, kernels: Tensor) -> Tensor:
     """(1 − alpha) identity + alpha kernel: alpha [B, 1, 1, 1], kernels [B or 1, 3, 3] → [B, 3, 3]."""
     alpha = alpha.view(-1, 1, 1)
-    return (1 - alpha) * alpha.new_tensor(IDENTITY) + alpha * kernels
+    return (1 - alpha) * constant(IDENTITY, alpha.device) + alpha * kernels
 
 
 def emboss(images: Tensor, seeds: Tensor, alpha: Tensor, strength: Tensor) -> Tensor:
@@ -51,13 +41,14 @@ def emboss(images: Tensor, seeds: Tensor, alpha: Tensor, strength: Tensor) -> Te
      −s    1   s
       0    s  1+s
     """
-    slope = strength.view(-1, 1, 1) * alpha.new_tensor(((-1, -1, 0), (-1, 0, 1), (0, 1, 1)))
-    return correlate(images, blend_kernels(alpha, slope + alpha.new_tensor(((-1, 0, 0), (0, 1, 0), (0, 0, 1)))))
+    slope = strength.view(-1, 1, 1) * constant(((-1, -1, 0), (-1, 0, 1), (0, 1, 1)), alpha.device)
+    diagonal = constant(((-1, 0, 0), (0, 1, 0), (0, 0, 1)), alpha.device)
+    return correlate(images, blend_kernels(alpha, slope + diagonal))
 
 
 def edge_detect(images: Tensor, seeds: Tensor, alpha: Tensor) -> Tensor:
     """Blends towards the Laplacian."""
-    return correlate(images, blend_kernels(alpha, alpha.new_tensor(LAPLACIAN)))
+    return correlate(images, blend_kernels(alpha, constant(LAPLACIAN, alpha.device)))
 
 
 def directed_edge_detect(images: Tensor, seeds: Tensor, alpha: Tensor, direction: Tensor) -> Tensor:
@@ -96,5 +87,5 @@ def _pillow(images: Tensor, center: float, offset: float) -> Tensor:
 
 def sharpen(images: Tensor, seeds: Tensor, alpha: Tensor, lightness: Tensor) -> Tensor:
     """Blends towards (8 + lightness) · pixel − its eight neighbours."""
-    kernels = alpha.new_tensor(NEIGHBOURS) + (8 + lightness.view(-1, 1, 1)) * alpha.new_tensor(IDENTITY)
+    kernels = constant(NEIGHBOURS, alpha.device) + (8 + lightness.view(-1, 1, 1)) * constant(IDENTITY, alpha.device)
     return correlate(images, blend_kernels(alpha, kernels))

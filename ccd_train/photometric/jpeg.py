@@ -1,19 +1,18 @@
 """JPEG as a baseline encoder and decoder would leave the image, without the lossless part in between.
 
-Quantisation is what degrades, so entropy coding is left out. Chroma is halved along both axes, as encoders do by default.
-The cosine transforms take whole coefficients: every product and sum is then a whole number below 2²⁴, which float32 holds
-exactly, so that matrix products give the same bits in whatever order they add.
+Quantisation is what degrades, so entropy coding is left out. Chroma is halved along both axes, as encoders do by
+default. The cosine transforms take whole coefficients: every product and sum is then a whole number below 2²⁴, which
+float32 holds exactly, so that matrix products give the same bits in whatever order they add.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ccd_train.photometric.color import luma
+from ccd_train.photometric.tables import constant, cosines
 
 SCALE = 1024  # of the whole coefficients: 10 bits
 RED, BLUE = 0.713, 0.564  # 0.5 / (1 − 0.299) and 0.5 / (1 − 0.114): Cr = RED (R − Y), Cb = BLUE (B − Y)
@@ -65,8 +64,8 @@ def _to_rgb(grey: Tensor, chroma: Tensor) -> Tensor:
 def _quantized(planes: Tensor, steps: tuple[tuple[int, ...], ...], percent: Tensor) -> Tensor:
     """Planes [B, C, H, W] of whole numbers, each 8 × 8 block transformed, quantised and transformed back."""
     height, width = planes.shape[-2:]
-    table = ((planes.new_tensor(steps) * percent + 50) / 100).floor().clamp(1, 255)[:, :, None, :, None, :]
-    forward = _cosines(planes)
+    table = ((constant(steps, planes.device) * percent + 50) / 100).floor().clamp(1, 255)[:, :, None, :, None, :]
+    forward = cosines(8, SCALE, planes.device)
     blocks = planes.reshape(*planes.shape[:2], height // 8, 8, width // 8, 8)
     # along the rows: whole numbers below 2⁷ · 2¹⁰ · 8; then along the columns, rounded in between to keep below 2²⁴
     along = (blocks @ forward.T).div_(SCALE / 4).round_()
@@ -74,14 +73,6 @@ def _quantized(planes: Tensor, steps: tuple[tuple[int, ...], ...], percent: Tens
     levels = both.div_(table).round_().mul_(table).clamp_(-2048, 2047)
     along = (levels @ forward).div_(SCALE / 4).round_()
     return (forward.T @ along.flatten(4)).reshape(planes.shape).div_(SCALE * 4).round_()
-
-
-def _cosines(planes: Tensor) -> Tensor:
-    """The 8 × 8 matrix of the orthonormal discrete cosine transform, times SCALE, rounded."""
-    place = torch.arange(8, dtype=torch.float64)
-    matrix = torch.cos(place[:, None] * (2 * place[None, :] + 1) * (math.pi / 16)) * 0.5
-    matrix[0] *= math.sqrt(0.5)
-    return (matrix * SCALE).round().to(planes)
 
 
 def _doubled(planes: Tensor) -> Tensor:

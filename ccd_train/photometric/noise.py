@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ccd_train.draws import spread
-from ccd_train.photometric.filters import look_up
-
-QUANTILES = 4096  # entries of a table of quantiles: 12 bits of a draw
+from ccd_train.photometric.tables import QUANTILES, laplace_quantiles, look_up, normal_quantiles
 
 
 def draw(images: Tensor, seeds: Tensor, channels: int = 1) -> Tensor:
@@ -28,21 +24,8 @@ def draw_channels(images: Tensor, seeds: Tensor, per_channel: Tensor) -> Tensor:
 
 
 def normal(draws: Tensor) -> Tensor:
-    """Standard normals from uniform draws, by a table of quantiles: from −3.7 to 3.7."""
-    return look_up(draws.mul_(QUANTILES), _normal_quantiles(draws.device))
-
-
-@lru_cache
-def _normal_quantiles(device: torch.device) -> Tensor:
-    ranks = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
-    return torch.special.ndtri(ranks).to(device, torch.float32)[None]
-
-
-@lru_cache
-def _laplace_quantiles(device: torch.device) -> Tensor:
-    """−sign(v) ln(1 − |v|) of v in (−1, 1)."""
-    sides = (2 * torch.arange(QUANTILES, dtype=torch.float64) + 1) / QUANTILES - 1
-    return (-sides.sign() * torch.log1p(-sides.abs())).to(device, torch.float32)[None]
+    """Standard normals from uniform draws, by a table of quantiles."""
+    return look_up(draws.mul_(QUANTILES), normal_quantiles(draws.device))
 
 
 def salt_grey(quantile: Tensor) -> Tensor:
@@ -61,7 +44,7 @@ def gaussian_noise(images: Tensor, seeds: Tensor, scale: Tensor) -> Tensor:
 
 def laplace_noise(images: Tensor, seeds: Tensor, scale: Tensor) -> Tensor:
     draws = draw(images, seeds).mul_(QUANTILES)
-    return images.add_(look_up(draws, _laplace_quantiles(draws.device)).mul_(scale))
+    return images.add_(look_up(draws, laplace_quantiles(draws.device)).mul_(scale))
 
 
 def poisson_noise(images: Tensor, seeds: Tensor, rate: Tensor) -> Tensor:

@@ -6,9 +6,6 @@ Snow and rain are specks, smeared along the direction in which they fall.
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +13,7 @@ from torch.nn import functional as F
 from ccd_train.draws import spread
 from ccd_train.photometric.blur import separable
 from ccd_train.photometric.noise import salt_grey
+from ccd_train.photometric.tables import waves
 
 ROWS, COLUMNS = 3, 8  # frequencies of the smooth noise: 0 … 2 periods per height, 0 … 7 per width
 WAVES = 2 * ROWS * 2 * COLUMNS  # draws that one field of smooth noise takes: one per wave
@@ -28,29 +26,24 @@ RAIN_COLOR = 240.0
 def smooth(images: Tensor, draws: Tensor, exponents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Fields of smooth noise [B, 1, H, W] over exactly [0, 1], one for each of the exponents [B, 1, 1, 1] below 0.
 
-    draws: [B, fields · WAVES] in [0, 1). A field is a sum of products of a cosine or sine of v periods per height and one of
-    u periods per width, of strength r f^exponent, r from ±1, f² = u² + v². Strengths and waves are whole multiples of
-    1/512: sums stay below 2²⁴, so that matrix products in any order give the same bits.
+    draws: [B, fields · WAVES] in [0, 1). A field is a sum of products of a cosine or sine of v periods per height and
+    one of u periods per width, of strength r f^exponent, r from ±1, f² = u² + v². Strengths and waves are whole
+    multiples of 1/512: sums stay below 2²⁴, and matrix products in any order give the same bits.
     """
     height, width = images.shape[-2:]
-    v, u = torch.arange(2 * ROWS) // 2, torch.arange(2 * COLUMNS) // 2
-    frequency = (u.square() + v.square()[:, None]).double().sqrt().to(images.device)
+    v = torch.arange(2 * ROWS, device=images.device) // 2
+    u = torch.arange(2 * COLUMNS, device=images.device) // 2
+    frequency = (u.square() + v.square()[:, None]).double().sqrt()
     # there is no wave of frequency 0, and no sine of 0
     power = torch.stack(exponents, dim=1).view(-1, len(exponents), 1, 1).double()
     strength = frequency.clamp(min=1).pow(power) * (frequency > 0)
     factors = draws.view(-1, len(exponents), 2 * ROWS, 2 * COLUMNS) * 2 - 1
     factors = (factors * strength * SCALE).round().to(images.dtype)
-    along = (factors @ _waves(COLUMNS, width, images.device)).div_(SCALE).round_()
-    fields = _waves(ROWS, height, images.device).T @ along
+    along = (factors @ waves(COLUMNS, width, SCALE, images.device)).div_(SCALE).round_()
+    fields = waves(ROWS, height, SCALE, images.device).T @ along
     low, high = fields.amin(dim=(2, 3), keepdim=True), fields.amax(dim=(2, 3), keepdim=True)
-    return fields.sub_(low).div_((high - low).clamp_(min=1)).split(1, dim=1)
-
-
-@lru_cache
-def _waves(periods: int, size: int, device: torch.device) -> Tensor:
-    """Whole float32 [2 periods, size]: cosine and sine of 0, 1, … periods over `size` pixels, times SCALE."""
-    angle = torch.arange(periods, dtype=torch.float64)[:, None] * torch.arange(size) * (2 * math.pi / size)
-    return (torch.stack([angle.cos(), angle.sin()], dim=1).flatten(0, 1) * SCALE).round().to(device, torch.float32)
+    fields = fields.sub_(low).div_((high - low).clamp_(min=1))
+    return tuple(fields[:, number : number + 1] for number in range(len(exponents)))
 
 
 def _layer(images: Tensor, opacity: Tensor, grey: Tensor, texture: Tensor) -> Tensor:
@@ -98,8 +91,8 @@ def snow(
 ) -> Tensor:
     """Light flakes: specks of `density`, one to three times as many by `layers`, and wider with `size`.
 
-    They are smeared over speed · width pixels. Of a flake's light v, the part of v² that is not `uniformity` makes a few
-    stand out.
+    They are smeared over speed · width pixels. The less uniform, the more does v² of a flake's light v count, and the
+    more a few stand out.
     """
     width = images.shape[-1]
     specks = _specks(images, seeds, density * (1 - size).square() * _layers(layers), SNOW_REACH)
@@ -135,12 +128,12 @@ def _specks(images: Tensor, seeds: Tensor, share: Tensor, reach: int) -> Tensor:
 
 
 def _smeared(field: Tensor, length: Tensor, slant: Tensor, height: int) -> Tensor:
-    """Means over `length` pixels of a field [B, 1, H + reach, W], on lines `slant` degrees off the upright: [B, 1, H, W].
+    """Means over `length` pixels of a field [B, 1, H + reach, W], on lines `slant` degrees off upright: [B, 1, H, W].
 
     The lines are upright first: differences of running sums. Then the rows are moved sideways, around the border.
     """
     field = field[:, 0]
-    count, tall, width = field.shape
+    tall, width = field.shape[1:]
     rows = torch.arange(height, dtype=torch.float32, device=field.device)
     sums = F.pad(field.cumsum(1), (0, 0, 1, 0))  # [B, H + reach + 1, W]: of all rows above
     stops = (rows + (tall - height)).long()

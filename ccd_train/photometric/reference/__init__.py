@@ -30,7 +30,9 @@ REFERENCES: dict[str, Reference] = {
 def apply(name: str, image: NDArray[np.uint8], draw: Draw, *parameters: float) -> NDArray[np.uint8]:
     """The reference called `name`, rounded and clamped."""
     result = REFERENCES[name](image, draw, *parameters)
-    return result if result.dtype == np.uint8 else np.clip(np.rint(result), 0, 255).astype(np.uint8)
+    if result.dtype != np.uint8:
+        result = np.clip(np.rint(result), 0, 255)
+    return np.asarray(result, np.uint8)
 
 
 def hashed(seed: int) -> Draw:

@@ -99,7 +99,8 @@ def kmeans_colors(image: Image, draw: Draw, colors: float) -> Image:
     pixels = image.reshape(-1, 3).astype(np.float32)
     stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 10, 1.0)
     cv2.setRNGSeed(1)
-    _, labels, centers = cv2.kmeans(pixels, int(colors), None, stop, 1, cv2.KMEANS_RANDOM_CENTERS)
+    labels = np.zeros((len(pixels), 1), np.int32)
+    _, _, centers = cv2.kmeans(pixels, int(colors), labels, stop, 1, cv2.KMEANS_RANDOM_CENTERS)
     return centers[labels[:, 0]].reshape(image.shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -29,31 +29,31 @@ __all__ = [
     "solarize",
 ]
 
-Image = NDArray[Any]
+Image: TypeAlias = Any  # an array; the stubs of numpy and OpenCV do not agree on which
 Draw = Callable[[int], NDArray[np.float32]]
 
 
-def planes(image: Image, draw: Draw, count: int) -> NDArray[np.float32]:
+def planes(image: Image, draw: Draw, count: int) -> Image:
     """[H, W, count] draws; in memory the planes lie one after the other."""
     height, width = image.shape[:2]
     return draw(count * height * width).reshape(count, height, width).transpose(1, 2, 0)
 
 
-def mixed(image: Image, draw: Draw, per_channel: float) -> NDArray[np.float32]:
+def mixed(image: Image, draw: Draw, per_channel: float) -> Image:
     """[H, W, 3] or [H, W, 1] draws, by per_channel."""
     return planes(image, draw, 3 if per_channel < 0.5 else 1)
 
 
 RANKS = (np.arange(4096) + 0.5) / 4096
-NORMAL = np.float32([NormalDist().inv_cdf(rank) for rank in RANKS])
-LAPLACE = np.float32(np.where(RANKS < 0.5, np.log(2 * RANKS), -np.log(2 * (1 - RANKS))))
+NORMAL = np.array([NormalDist().inv_cdf(rank) for rank in RANKS], np.float32)
+LAPLACE = np.where(RANKS < 0.5, np.log(2 * RANKS), -np.log(2 * (1 - RANKS))).astype(np.float32)
 
 
-def quantile(table: NDArray[np.float32], draws: NDArray[np.float32]) -> NDArray[np.float32]:
+def quantile(table: Image, draws: Image) -> Image:
     return table[(draws * len(table)).astype(np.uint16)]
 
 
-def salt_grey(quantile: NDArray[np.float32]) -> NDArray[np.float32]:
+def salt_grey(quantile: Image) -> Image:
     return quantile * quantile * (3 - 2 * quantile)
 
 
@@ -79,7 +79,7 @@ def poisson_noise(image: Image, draw: Draw, rate: float) -> Image:
 def multiply(
     image: Image, draw: Draw, spread: float, per_channel: float, red: float, green: float, blue: float
 ) -> Image:
-    draws = np.float32([red, green, blue] if per_channel < 0.5 else [red] * 3)
+    draws = np.array([red, green, blue] if per_channel < 0.5 else [red] * 3, np.float32)
     return image * (1 + spread * (2 * draws - 1))
 
 
@@ -95,8 +95,8 @@ def coarse_dropout(image: Image, draw: Draw, share: float, size: float, per_chan
     height, width = image.shape[:2]
     rows, columns = max(int(size * height), 3), max(int(size * width), 3)
     kept = (mixed(image, draw, per_channel) >= share)[:rows, :columns].astype(np.uint8)
-    kept = cv2.resize(kept, (width, height), interpolation=cv2.INTER_NEAREST)
-    return image * kept.reshape(height, width, -1)
+    grown = cv2.resize(kept, (width, height), interpolation=cv2.INTER_NEAREST)
+    return image * grown.reshape(height, width, -1)
 
 
 def drop_channels(image: Image, draw: Draw, share: float, red: float, green: float, blue: float) -> Image:
@@ -104,7 +104,7 @@ def drop_channels(image: Image, draw: Draw, share: float, red: float, green: flo
     return image * ((draws >= share) | (draws == draws.max())).view(np.uint8)
 
 
-def _replaced(image: Image, draws: NDArray[np.float32], share: float, low: float, high: float) -> Image:
+def _replaced(image: Image, draws: Image, share: float, low: float, high: float) -> Image:
     grey = salt_grey(low + (high - low) * draws / np.float32(max(share, 1e-6)))
     return np.where(draws < share, 255 * grey, image)
 
@@ -136,4 +136,6 @@ def solarize(image: Image, draw: Draw, probability: float, threshold: float, cha
 def jpeg(image: Image, draw: Draw, compression: float) -> Image:
     quality = round(1 + 99 * (1 - compression / 101))
     _, code = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1]
+    decoded = cv2.imdecode(code, cv2.IMREAD_COLOR)
+    assert decoded is not None
+    return decoded[..., ::-1]

@@ -27,7 +27,12 @@ __all__ = [
     "sharpen",
 ]
 
-IDENTITY = np.float32([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+
+def _matrix(rows: list[list[float]]) -> Image:
+    return np.array(rows, np.float32)
+
+
+IDENTITY = _matrix([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 
 
 def _filtered(image: Image, alpha: float, kernel: Image) -> Image:
@@ -36,11 +41,11 @@ def _filtered(image: Image, alpha: float, kernel: Image) -> Image:
 
 def emboss(image: Image, draw: Draw, alpha: float, strength: float) -> Image:
     s = strength
-    return _filtered(image, alpha, np.float32([[-1 - s, -s, 0], [-s, 1, s], [0, s, 1 + s]]))
+    return _filtered(image, alpha, _matrix([[-1 - s, -s, 0], [-s, 1, s], [0, s, 1 + s]]))
 
 
 def edge_detect(image: Image, draw: Draw, alpha: float) -> Image:
-    return _filtered(image, alpha, np.float32([[0, 1, 0], [1, -4, 1], [0, 1, 0]]))
+    return _filtered(image, alpha, _matrix([[0, 1, 0], [1, -4, 1], [0, 1, 0]]))
 
 
 def directed_edge_detect(image: Image, draw: Draw, alpha: float, direction: float) -> Image:
@@ -65,7 +70,7 @@ def contour(image: Image, draw: Draw) -> Image:
 
 
 def sharpen(image: Image, draw: Draw, alpha: float, lightness: float) -> Image:
-    return _filtered(image, alpha, np.float32([[-1, -1, -1], [-1, 8 + lightness, -1], [-1, -1, -1]]))
+    return _filtered(image, alpha, _matrix([[-1, -1, -1], [-1, 8 + lightness, -1], [-1, -1, -1]]))
 
 
 def gaussian_blur(image: Image, draw: Draw, sigma: float) -> Image:

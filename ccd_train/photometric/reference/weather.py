@@ -96,7 +96,8 @@ def snow(
     height, width = image.shape[:2]
     specks = _specks(image, draw, density * (1 - size) ** 2 * (int(layers * 3) + 1), 6)
     side = math.exp(-0.5 / (0.3 + size) ** 2)
-    flakes = np.minimum(cv2.sepFilter2D(specks, -1, np.float32([side, 1, side]), np.float32([side, 1, side])), 1)
+    weights = np.array([side, 1, side], np.float32)
+    flakes = np.minimum(cv2.sepFilter2D(specks, -1, weights, weights), 1)
     flakes = _smeared(flakes, min(max(int(speed * width), 1), 6), slant, height)
     uneven = min(2 * (1 - uniformity), 1)
     flakes = 255 * (1 + 2.5 * uneven) * (uneven * flakes**2 + (1 - uneven) * flakes)
