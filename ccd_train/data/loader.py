@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -235,6 +236,7 @@ def _start_workers(dataset: MicroBatches, workers: int) -> Iterator[Batch | User
     parallel: dict[str, Any] = {"prefetch_factor": PREFETCHED, "multiprocessing_context": "fork"} if workers else {}
     cv2.setNumThreads(1)  # here, not in the workers: its threads do not survive a fork, and ending them there hangs
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a worker inherits this: it is never without
+    on_child = signal.getsignal(signal.SIGCHLD)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's wish
@@ -251,6 +253,9 @@ def _start_workers(dataset: MicroBatches, workers: int) -> Iterator[Batch | User
             return iter(batches)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if on_child is not None and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever the trainer stands when a worker dies; `__next__` notices it too.
+            signal.signal(signal.SIGCHLD, on_child)
 
 
 def _begin_worker(number: int) -> None:
