@@ -162,7 +162,7 @@ class Engine:
         if self.stage in (1, 2):
             self._optimizer.check_grad_overflow = True  # DeepSpeed looks in bf16 and fp16 only
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)
-        self._flats: list[Tensor] = [flat for group in self._base.param_groups for flat in group["params"]]
+        self._flats = self._find_flats()
         self.fragments = self._find_fragments()
         self._indices = {name: index for index, name in enumerate(self._names.values())}
         self._files = self._engine.checkpoint_engine = Files()
@@ -211,11 +211,10 @@ class Engine:
         """Starts the optimiser of the prototypes afresh: what it gathered while they were frozen would make its first
         steps several times the learning rate (official code: gradients None until the thaw, so no state).
         """
-        for group in self._base.param_groups:
-            if group["part"] == "prototypes":
-                for parameter in group["params"]:
-                    for value in self._base.state.get(parameter, {}).values():
-                        value.zero_()
+        for part, flat in self._flats:
+            if part == "prototypes":
+                for value in self._base.state.get(flat, {}).values():
+                    value.zero_()
 
     def gradient_norms(self) -> Tensor:
         """The L2 norm of every parameter's whole gradient, float32 [number of parameters]; one collective in all."""
@@ -293,7 +292,7 @@ class Engine:
 
     def _state(self, flat: int) -> dict[str, Tensor]:
         """AdamW's state of one of its parameters; made where there was no step yet."""
-        parameter = self._flats[flat]
+        _, parameter = self._flats[flat]
         if not self._base.state.get(parameter):
             self._base.state[parameter] = {
                 "step": torch.tensor(0.0),
@@ -302,11 +301,20 @@ class Engine:
             }
         return self._base.state[parameter]  # type: ignore[no-any-return]
 
+    def _find_flats(self) -> list[tuple[str, Tensor]]:
+        """The tensors that AdamW updates, with their group's part, in the order of its state's indices."""
+        groups = self._base.param_groups
+        if self.stage == 3:  # its groups are empty between steps
+            flats = self._optimizer.fp32_partitioned_groups_flat
+            assert len(flats) == len(groups), "a group larger than zero_optimization.sub_group_size"
+            return [(group["part"], flat) for group, flat in zip(groups, flats, strict=True)]
+        return [(group["part"], flat) for group in groups for flat in group["params"]]
+
     def _find_fragments(self) -> list[Fragment]:
         if self.stage == 0:
             return [
                 Fragment(self._names[id(parameter)], 0, parameter.data.view(-1), index, 0)
-                for index, parameter in enumerate(self._flats)
+                for index, (_, parameter) in enumerate(self._flats)
             ]
         return self._fragments_of_flat_groups() if self.stage < 3 else self._fragments_of_parameters()
 
@@ -314,7 +322,7 @@ class Engine:
         """Stages 1 and 2: a group is one flat tensor, cut into equal parts regardless of the parameters' borders."""
         fragments: list[Fragment] = []
         for index, group in enumerate(self._optimizer.bit16_groups):
-            assert self._flats[index] is self._optimizer.single_partition_of_fp32_groups[index]
+            assert self._flats[index][1] is self._optimizer.single_partition_of_fp32_groups[index]
             for parameter in group:
                 here = parameter._hp_mapping
                 if here is not None:
@@ -327,8 +335,7 @@ class Engine:
         """Stage 3: every parameter is cut into equal parts, the last padded; a group's parts lie behind each other."""
         fragments: list[Fragment] = []
         for index, group in enumerate(self._optimizer.fp16_groups):
-            flat, offset = self._flats[index], 0
-            assert flat is self._optimizer.fp32_partitioned_groups_flat[index]
+            (_, flat), offset = self._flats[index], 0
             for parameter in group:
                 size = parameter.ds_tensor.ds_numel
                 start = distributed.rank() * size

@@ -76,7 +76,8 @@ def train_step(run: Run, logged: bool) -> tuple[dict[str, float], bool]:
     if now.prototypes_thaw:
         engine.forget_prototype_moments()
     engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
-    center_before = center.value.clone()
+    moving = [center.value, *engine.student.buffers()]  # what a forward pass changes: a skipped step gives it back
+    before = [value.clone() for value in moving]
     sums = torch.zeros(5, device=distributed.device())
     for micro_step in range(run.accumulation):
         began = time.monotonic()
@@ -100,7 +101,7 @@ def train_step(run: Run, logged: bool) -> tuple[dict[str, float], bool]:
     if applied:
         run.teacher.update(now.momentum)
     else:
-        center.value.copy_(center_before)
+        torch._foreach_copy_(moving, before)
     advance(run, applied, torch.cat(seen))
     figures = figures_of(run, now, totals) | {name: value.item() for name, value in statistics.items()}
     return figures | {"data_wait": waited}, totals[4] > 0
