@@ -20,6 +20,8 @@ from ccd_train.errors import UserError
 from ccd_train.options import from_dict, parse
 from ccd_train.weights import Weights
 
+RECIPE = ("augment", "affine", "distillation", "optimizer")  # sections that go with exported weights
+
 
 @dataclass(frozen=True)
 class Export:
@@ -58,12 +60,13 @@ def open_weights(path: Path, heads: int | None = None) -> Weights:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """Where in its run a checkpoint stands; empty for weights that are not a run's."""
+    """Where in its run a checkpoint stands, and the recipe, without a path; empty for weights that are not a run's."""
     found = checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
     if found is None or not (found / checkpoint.COMPLETE).is_file():
         return {}
     state = checkpoint.read_state(found)
-    return {name: state[name] for name in ("step", "samples", "seed", "corpus", "settings")}
+    recipe = {name: state["settings"][name] for name in RECIPE}
+    return {name: state[name] for name in ("step", "samples", "seed", "corpus", "global_batch_size")} | recipe
 
 
 def _of_checkpoint(path: Path) -> Weights:
@@ -83,6 +86,6 @@ def main(argv: list[str]) -> int:
         residual = weights.write_official(out, found, options.lossy)
         print(f"{out}: official layout; its position embedding is off by {residual:.2g} of its length")
         return 0
-    weights.write_export(out, found, {"from": found.origin, **about(options.weights)})
+    weights.write_export(out, found, about(options.weights))
     print(f"{out}: teacher.safetensors, student.safetensors, {weights.CONFIG}")
     return 0

@@ -21,7 +21,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -112,9 +112,10 @@ def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
         (folder / CONFIG).unlink(missing_ok=True)
         for name in NETWORKS:
             state = {key: tensor.contiguous() for key, tensor in getattr(weights, name).items()}
-            save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+            # not save_file, whose files only their owner may read
+            (folder / f"{name}.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
         (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf8")
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from None
 
 

@@ -101,7 +101,8 @@ class VisionTransformer(nn.Module):
         keys int64 [B] draw stochastic depth; needed in training only, and only where drop_path > 0.
         """
         patches = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
-        tokens = patches.flatten(2).transpose(1, 2) + self.position_embedding
+        # contiguous: the residual stream keeps its layout through all blocks, and every layer would turn it around
+        tokens = patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding
         taps: list[Tensor] = []
         for number, block in enumerate(self.blocks, start=1):
             if self.activation_checkpointing and self.training:
