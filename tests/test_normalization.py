@@ -66,7 +66,8 @@ def test_bfloat16_keeps_its_running_statistics_in_float32() -> None:
     assert (norm.weight.dtype, norm.running_mean.dtype) == (torch.bfloat16, torch.float32)
     x = torch.randn(8, 3, 16, 16, generator=generator())
     y = norm(x.bfloat16())
-    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert y.dtype == norm.weight.grad.dtype == torch.bfloat16
     reference = BatchNorm(3)(x)
     assert (y.float() - reference).abs().max() < 0.05
     assert norm.running_mean.ne(norm.running_mean.bfloat16().float()).any()

@@ -18,35 +18,48 @@ SPACE = (0, 2, 3)  # all but the channels of [B, C, H, W]
 
 
 class _Normalize(torch.autograd.Function):
-    """(x − mean) / std of the global batch; only the input is kept for the backward pass."""
+    """weight · (x − mean) / deviation + bias over the global batch; only the input is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised x [B, C, H, W] in float32, mean [C], variance [C], and the global count of values per channel.
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normalised x [B, C, H, W], mean [C], variance [C], and the global count of values per channel.
 
         The sums are taken of x − shift, any rough guess [C] of the mean that is the same on all ranks: a sum of squares
         loses what a mean much larger than the deviation takes up.
         """
-        shifted = x.float() - shift[:, None, None]
         channels = len(shift)
-        sums = torch.cat([shifted.sum(SPACE), shifted.square().sum(SPACE), shift.new_full((1,), x.numel() / channels)])
+        shifted = x - _per_channel(shift)
+        own_count = shift.new_full((1,), x.numel() / channels)
+        sums = torch.cat([shifted.sum(SPACE), shifted.square().sum(SPACE), own_count])
         sums = distributed.all_reduce_sum(sums)
         count = sums[-1]
         offset = sums[:channels] / count
         variance = (sums[channels:-1] / count - offset.square()).clamp(min=0)
         mean, scale = shift + offset, (variance + eps).rsqrt()
-        ctx.save_for_backward(x, mean, scale, count)
+        slope = scale * weight
+        intercept = bias - offset * slope
+        ctx.save_for_backward(x, mean, scale, slope, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return (shifted - offset[:, None, None]) * scale[:, None, None], mean, variance, count
+        y = shifted.mul_(_per_channel(slope)).add_(_per_channel(intercept))
+        return y.to(x.dtype), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
-        x, mean, scale, count = ctx.saved_tensors
-        normalized = (x.float() - mean[:, None, None]) * scale[:, None, None]
-        sums = torch.stack([gradient.sum(SPACE), (gradient * normalized).sum(SPACE)])
-        along_mean, along_deviation = (distributed.all_reduce_sum(sums) / count)[:, :, None, None]
-        into = (gradient - along_mean - normalized * along_deviation) * scale[:, None, None]
-        return into.to(x.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, scale, slope, count = ctx.saved_tensors
+        centered = x - _per_channel(mean)
+        gradient = gradient.float()
+        own_sums = torch.stack([gradient.sum(SPACE), (gradient * centered).sum(SPACE) * scale])
+        along_mean, along_deviation = distributed.all_reduce_sum(own_sums.clone()) / count
+        # slope · (gradient − its mean − normalised x · its mean along it)
+        into = centered.mul_(_per_channel(-slope * scale * along_deviation)).sub_(_per_channel(slope * along_mean))
+        into.addcmul_(gradient, _per_channel(slope))
+        return into.to(x.dtype), own_sums[1], own_sums[0], None, None
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
 
 
 class BatchNorm(nn.Module):
@@ -65,16 +78,19 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            # A copy: the running mean changes in place below.
-            normalized, mean, variance, count = _Normalize.apply(x, self.running_mean.clone(), self.eps)
-            unbiased = variance * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_variance.lerp_(unbiased, self.momentum)
-        else:
-            scale = (self.running_variance + self.eps).rsqrt()[:, None, None]
-            normalized = (x.float() - self.running_mean[:, None, None]) * scale
-        y: Tensor = normalized * self.weight.float()[:, None, None] + self.bias.float()[:, None, None]
+            return self._over_the_batch(x)
+        slope = (self.running_variance + self.eps).rsqrt() * self.weight.float()
+        y: Tensor = (x - _per_channel(self.running_mean)) * _per_channel(slope) + _per_channel(self.bias.float())
         return y.to(x.dtype)
+
+    def _over_the_batch(self, x: Tensor) -> Tensor:
+        guess = self.running_mean.clone()  # a copy, as the running mean changes in place
+        y: Tensor
+        y, mean, variance, count = _Normalize.apply(x, self.weight.float(), self.bias.float(), guess, self.eps)
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_variance.lerp_(unbiased, self.momentum)
+        return y
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BatchNorm:
         """module.bfloat16() leaves the running statistics in float32, or a tenth of a change would round off."""
