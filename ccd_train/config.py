@@ -18,7 +18,7 @@ from ccd_train.severities import Augment
 CHANGEABLE = {"run_dir", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
 CHANGEABLE |= {"data.exclude", "data.max_damaged", "data.stage", "data.stage_gb"}
 CHANGEABLE |= {"train.micro_batch_size", "train.threads"}
-CHANGEABLE_SECTIONS = ("log.", "checkpoint.", "resume.", "distributed.")
+CHANGEABLE_SECTIONS = ("log.", "probe.", "checkpoint.", "resume.", "distributed.")
 
 
 @runtime_checkable
@@ -215,6 +215,22 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Probe:
+    every_steps: int = 0
+    """Steps between two probes of the teacher's features on labelled words, logged as probe_*; 0: none."""
+    data: tuple[Path, ...] = ()
+    """LMDBs of labelled words for the probe."""
+    words: int = 2000
+    """Labelled words that the probe looks at."""
+
+    def check(self) -> None:
+        require(self.every_steps >= 0, "probe.every_steps", self.every_steps, "must be 0 or more")
+        named = self.every_steps == 0 or len(self.data) > 0
+        require(named, "probe.data", "()", "probe.every_steps needs labelled words: --probe.data LMDB")
+        require(self.words >= 4, "probe.words", self.words, "must be 4 or more")
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every_steps: int = 2000
     """Steps between two checkpoints; one more is written at the end and on a signal."""
@@ -271,6 +287,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     log: Log = field(default_factory=Log)
+    probe: Probe = field(default_factory=Probe)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Resume = field(default_factory=Resume)
     distributed: Distributed = field(default_factory=Distributed)
