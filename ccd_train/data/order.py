@@ -53,7 +53,7 @@ class Order:
         self._seed = seed
         self._window_shards = window_shards
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def at(self, position: int, count: int) -> Samples:
         """The samples at positions `position` … `position + count - 1`."""
@@ -63,10 +63,11 @@ class Order:
         done = 0
         while done < count:
             epoch, window, offset = self._locate(position + done)
-            window_shards, window_rows = self._window(epoch, window)
-            taken = slice(offset, offset + count - done)
-            filled = slice(done, done + len(window_rows[taken]))
-            shards[filled], rows[filled] = window_shards[taken], window_rows[taken]
+            members, starts, shuffled = self._window(epoch, window)
+            places = shuffled[offset : offset + count - done]
+            owners = np.searchsorted(starts, places, side="right") - 1
+            filled = slice(done, done + len(places))
+            shards[filled], rows[filled] = members[owners], places - starts[owners]
             done = filled.stop
         return Samples(self._first_samples[shards] + rows, epochs, shards + self._first_shard, rows)
 
@@ -95,16 +96,14 @@ class Order:
             self._plans[epoch] = (shards, np.append(0, ends[:-1])[:: self._window_shards])
         return self._plans[epoch]
 
-    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row of every sample of a window, shuffled."""
+    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards of a window, the first place of each when they lie one after another, and all places shuffled."""
         if (epoch, window) not in self._windows:
-            shards = self._plan(epoch)[0][window * self._window_shards :][: self._window_shards]
-            counts = self.shard_samples[shards]
-            owners = np.repeat(shards, counts)
-            rows = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-            shuffled = permutation(len(owners), self._seed, self._first_shard, _SAMPLES, epoch, window)
+            members = self._plan(epoch)[0][window * self._window_shards :][: self._window_shards]
+            counts = self.shard_samples[members]
+            shuffled = permutation(int(counts.sum()), self._seed, self._first_shard, _SAMPLES, epoch, window)
             _make_room(self._windows)
-            self._windows[epoch, window] = (owners[shuffled], rows[shuffled])
+            self._windows[epoch, window] = (members, np.cumsum(counts) - counts, shuffled)
         return self._windows[epoch, window]
 
 
