@@ -1,0 +1,186 @@
+"""A run that is killed, asked to stop, or moved to other ranks and stages, beside one that nobody touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Tiny
+from ranks import run_ranks
+from test_engine import SMALL, equal, small, stage_file, steps
+
+from ccd_train import checkpoint
+from ccd_train.config import Config
+from ccd_train.run import begin
+
+TIMES = {"samples_per_second", "data_wait"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"checkpoint": {"every_steps": 4}}))
+    return path
+
+
+def command(recipe: Path, shards: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
+    arguments = ["--config", str(recipe), "--run_dir", str(run_dir), "--data.shards", str(shards), *more]
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    return [*launcher, "ccd_train", "pretrain", *arguments]
+
+
+def live(run_dir: Path, arguments: list[str], until: Callable[[], bool] | None = None, number: int = 0) -> int:
+    """One life of a run; sends signal `number` to all its processes as soon as `until` holds. Returns the exit code."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    limit = time.monotonic() + 200
+    while until is not None and not until():
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()[0].decode()
+        time.sleep(0.01)
+    if until is not None:
+        os.killpg(process.pid, number)
+    process.communicate(timeout=200)
+    return process.returncode
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(run_dir: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics(run_dir)]
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Tiny, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 steps of 2 processes."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    assert live(run_dir, command(recipe, tiny.shards, run_dir, 2, "--max-steps", "30")) == 0
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 31))
+    assert outcome(run_dir)["outcome"] == "finished"
+    return run_dir
+
+
+def test_killed_three_times_it_ends_with_the_same_losses(
+    tiny: Tiny, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(recipe, tiny.shards, run_dir, 2, "--max-steps", "30")
+    for step in (7, 16, 25):
+        live(run_dir, arguments, lambda step=step: len(metrics(run_dir)) >= step, signal.SIGKILL)  # type: ignore[misc]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "torn')  # as a kill inside a write would leave it
+    assert live(run_dir, arguments) == 0
+    assert losses(run_dir) == losses(undisturbed)
+    left = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert left == {"latest", "step_00000024", "step_00000028", "step_00000030"}
+
+
+def test_asked_to_stop_it_saves_at_once_and_goes_on(
+    tiny: Tiny, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command(recipe, tiny.shards, run_dir, 2, "--max-steps", "30")
+    live(run_dir, arguments, lambda: len(metrics(run_dir)) >= 9, signal.SIGTERM)
+    assert outcome(run_dir)["outcome"] == "unfinished" and outcome(run_dir)["code"] == 75
+    stopped = len(metrics(run_dir))
+    assert (run_dir / "checkpoints" / f"step_{stopped:08d}" / "COMPLETE").exists()
+    assert live(run_dir, arguments) == 0
+    assert losses(run_dir) == losses(undisturbed)
+
+
+def test_the_time_limit_ends_it_as_unfinished(tiny: Tiny, recipe: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert live(run_dir, command(recipe, tiny.shards, run_dir, 1, "--max-minutes", "0.01")) == 75
+    assert outcome(run_dir)["outcome"] == "unfinished"
+    assert checkpoint.newest(run_dir) is not None
+
+
+def save_and_go_on(config: Config) -> tuple[list[dict[str, float]], dict[str, Any], Any]:
+    """5 steps, a checkpoint, and 4 more steps that are lost."""
+    run = begin(config)
+    steps(run, 5)
+    run.save()
+    kept = run.teacher.state_dict(), run.center.value.clone()
+    after = steps(run, 4)
+    run.close()
+    return after, *kept
+
+
+def restore(config: Config) -> tuple[list[dict[str, float]], dict[str, Any], Any]:
+    run = begin(config)
+    kept = run.teacher.state_dict(), run.center.value.clone()
+    after = steps(run, 4)
+    run.close()
+    return after, *kept
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages"),
+    [
+        ((2, 1), (1, 1)),
+        ((1, 2), (2, 3)),
+        *(pytest.param(ranks, stages, marks=pytest.mark.slow) for ranks, stages in (
+            ((1, 2), (1, 1)), ((2, 3), (2, 2)), ((2, 2), (1, 2)), ((2, 2), (2, 3)), ((2, 2), (3, 1)), ((2, 1), (3, 0)),
+            ((1, 2), (0, 3)), ((2, 3), (3, 3)),
+        )),
+    ],
+)  # fmt: skip
+def test_other_ranks_and_stages_go_on_alike(
+    tiny: Tiny, tmp_path: Path, ranks: tuple[int, int], stages: tuple[int, int]
+) -> None:
+    base = small(tiny, tmp_path / "run", train={"global_batch_size": 12}, optimizer={"freeze_last_layer_samples": 40})
+    configs = [
+        replace(
+            base,
+            deepspeed=stage_file(tmp_path, stage),
+            train=replace(base.train, micro_batch_size=12 // count),
+        )
+        for count, stage in zip(ranks, stages, strict=True)
+    ]
+    expected, teacher, center = run_ranks(ranks[0], save_and_go_on, configs[0])[0]
+    for after, loaded_teacher, loaded_center in run_ranks(ranks[1], restore, configs[1]):
+        assert equal(loaded_teacher, teacher)
+        assert torch.equal(loaded_center, center)
+        for name in ("loss_distillation", "loss_segmentation", "grad_norm", "center_norm", "characters"):
+            # ranks add in another order
+            assert [s[name] for s in after] == pytest.approx([s[name] for s in expected], rel=2e-4), name
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_weights_read_from_disk_are_the_live_ones(tiny: Tiny, tmp_path: Path, stage: int) -> None:
+    config = replace(small(tiny, tmp_path / "run"), deepspeed=stage_file(tmp_path, stage))
+    for masters, teacher, read in run_ranks(2, live_and_read, config):
+        assert equal(read["teacher"], teacher)
+        for name, start, master in masters:
+            assert torch.equal(read["student"][name].view(-1)[start : start + len(master)], master)
+        assert "segmentation.branches.0.1.running_mean" in read["student"]
+
+
+def live_and_read(config: Config) -> tuple[Any, Any, Any]:
+    run = begin(config)
+    steps(run, 3)
+    run.save()
+    masters = [(fragment.name, fragment.start, fragment.master.clone()) for fragment in run.engine.fragments]
+    found = checkpoint.newest(run.run_dir)
+    assert found is not None
+    run.close()
+    return masters, run.teacher.state_dict(), checkpoint.read_weights(found)
