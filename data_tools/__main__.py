@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 from ccd_train.errors import UserError, run
@@ -34,6 +35,8 @@ def dispatch() -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be bytes that no encoding knows
+        sys.stdout.reconfigure(errors="backslashreplace")
     run(dispatch)
 
 

@@ -87,7 +87,7 @@ def index_tar(job: Job, done: Report) -> Outcome:
         except BadTar as error:
             raise UserError(f"{path}: {error}; copy it again, or take it out of the folder") from None
         offsets.commit()
-    done(path.stat().st_size)
+    done(path.stat().st_size >> 20)
     counts = (present["image"], present["label"], present["mask"], path.stat().st_size)
     shard = Shard(path.name, path.name, 1, number, *counts, sha256.hexdigest(), offsets.sha256())
     return Outcome("", shard, refused, sizes.counts())
@@ -114,9 +114,9 @@ def _examine(
 def index(folder: Path, name: str, wanted: Checks, workers: int, max_refused: float) -> None:
     """Indexes all tars of a folder and writes its manifest. UserError if too many samples cannot be used."""
     jobs = [Job(path, wanted) for path in find_tars(folder)]
-    total = sum(job.path.stat().st_size for job in jobs)
+    total = sum(job.path.stat().st_size >> 20 for job in jobs)
     try:
-        with Progress(name, total, "bytes") as progress, closing(run_jobs(index_tar, jobs, workers, progress)) as made:
+        with Progress(name, total, "MB") as progress, closing(run_jobs(index_tar, jobs, workers, progress)) as made:
             outcomes = sorted(made, key=lambda outcome: outcome.shard.file)
         write_refused(folder, outcomes)
         records = sum(outcome.shard.last for outcome in outcomes)

@@ -48,9 +48,13 @@ def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
 
 def describe(folder: Path, manifest: Manifest) -> str:
     """A line on what a folder holds."""
-    shards = f"{len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}"
-    text = f"{folder}: {manifest.samples:,} samples in {shards}, {manifest.bytes / 1e6:,.1f} MB"
+    text = f"{folder}: {contents(manifest)}, {manifest.bytes / 1e6:,.1f} MB"
     return text + (f"; refused: {summary(manifest.refused)}, see {REFUSED}" if manifest.refused else "")
+
+
+def contents(manifest: Manifest) -> str:
+    """`12,345 samples in 2 shards`."""
+    return f"{manifest.samples:,} samples in {len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}"
 
 
 def summary(kinds: Mapping[str, int]) -> str:

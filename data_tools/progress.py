@@ -8,11 +8,12 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-_SECONDS_BETWEEN_LINES = 20.0
-
 
 class Progress:
     """Counts up to `total`. On stderr, so that a verb's own output stays clean."""
+
+    seconds_between_lines = 20.0
+    """In a log."""
 
     def __init__(self, title: str, total: int, unit: str, already: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -27,7 +28,7 @@ class Progress:
         self.count += more
         if self._bar is not None:
             self._bar.update(more)
-        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self._said >= self.seconds_between_lines:
             self._said = time.monotonic()
             self._say()
 

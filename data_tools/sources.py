@@ -45,10 +45,16 @@ class Origin:
 
 def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Origin]:
     """All LMDBs of the given roots, in order. UserError unless every one can be converted."""
-    found = [(root, path) for root in roots for path in find_lmdbs(root)]
-    for path, times in Counter(os.path.realpath(path) for _, path in found).items():
+    inside_masks = [os.path.realpath(root) for root in mask_roots]
+    found = [
+        (root, path)
+        for root in roots
+        for path in find_lmdbs(root)
+        if not any(Path(os.path.realpath(path)).is_relative_to(masks) for masks in inside_masks)
+    ]
+    for real_path, times in Counter(os.path.realpath(path) for _, path in found).items():
         if times > 1:
-            raise UserError(f"{path}: given {times} times; name each LMDB once in --src")
+            raise UserError(f"{real_path}: given {times} times; name each LMDB once in --src")
     names = _names([Path(os.path.abspath(root)) for root, _ in found], [path.relative_to(root) for root, path in found])
     origins = []
     for (root, path), name in zip(found, names, strict=True):

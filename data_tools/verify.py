@@ -35,6 +35,7 @@ from ccd_train.data.shards import (
 from ccd_train.errors import FINISHED
 from data_tools.images import Refusal, check_decodes, check_mask
 from data_tools.index import INDEXED
+from data_tools.merge import contents
 from data_tools.pool import Report, available_cores, run_jobs
 from data_tools.progress import Progress
 from data_tools.tar import BadTar, TarSample, read_samples
@@ -82,7 +83,7 @@ def check_shard(job: Job, done: Report) -> Findings:
         problems.append(f"{Path(error.filename).name} is missing")
     except OSError as error:
         problems.append(f"cannot be read: {error}")
-    done(job.shard.bytes)
+    done(job.shard.samples)
     return Findings(job.shard.file, problems, bytes(keys))
 
 
@@ -197,11 +198,11 @@ def verify(folder: Path, deep: bool, workers: int) -> bool:
     except DamagedManifestError as error:
         print(error)
         return False
-    foreign, max_pixels = bool(manifest.settings.get(INDEXED)), int(manifest.settings["max_pixels"])
+    foreign, max_pixels = bool(manifest.settings.get(INDEXED)), int(manifest.settings.get("max_pixels", 1 << 24))
     jobs = [Job(folder, shard, foreign, deep, max_pixels) for shard in manifest.shards]
     problems = list(check_manifest(folder, manifest))
     with (
-        Progress("verify", manifest.bytes, "bytes") as progress,
+        Progress("verify", manifest.samples, "samples") as progress,
         closing(run_jobs(check_shard, jobs, workers, progress)) as results,
     ):
         findings = sorted(results, key=lambda entry: entry.file)
@@ -214,7 +215,7 @@ def verify(folder: Path, deep: bool, workers: int) -> bool:
         print(f"{folder}: {problem}")
     if not problems:
         checked = "hashes, offsets, counts, keys" + (" and images" if deep else "")
-        print(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards are intact ({checked})")
+        print(f"{folder}: {contents(manifest)}, all intact ({checked})")
     return not problems
 
 

@@ -141,6 +141,18 @@ def test_a_source_whose_path_fits_no_tar_header_is_shortened(tmp_path: Path) -> 
     assert Corpus.open(tmp_path / "o").key(0, 0) == keys[0]
 
 
+def test_names_that_are_no_text_are_literal(tmp_path: Path) -> None:
+    name = os.fsdecode(b"w \xff $(touch x) {0..9}")
+    write_words(tmp_path / name, 3)
+    command = [*RUN, "--src", tmp_path / name, "--out", tmp_path / f"o {name}", "--name", "x"]
+    ended = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "POSIX"}, cwd=tmp_path)
+    assert ended.returncode == 0 and not ended.stderr
+    files = sorted(map(str, (tmp_path / f"o {name}").glob("*.tar")))
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(files, shardshuffle=False)]
+    assert keys == [f"{name}/{number:09d}" for number in (1, 2, 3)]
+    assert sorted(os.listdir(tmp_path)) == sorted([name, f"o {name}"])
+
+
 def test_masks_come_from_the_same_lmdb_or_from_a_parallel_tree(tmp_path: Path) -> None:
     write_words(tmp_path / "with", 5, masks=True)
     assert run("--src", tmp_path / "with", "--out", tmp_path / "o1", "--name", "x") == 0
@@ -157,6 +169,12 @@ def test_masks_come_from_the_same_lmdb_or_from_a_parallel_tree(tmp_path: Path) -
     corpus = Corpus.open(tmp_path / "o2")
     assert [corpus.read(0, row, ("mask",))[0] for row in range(4)] == [mask(number) for number in (1, 2, 3, 5)]
     assert read_manifest(tmp_path / "o2").refused == {"no mask": 1}
+
+    shutil.copytree(tmp_path / "training", tmp_path / "all" / "training")
+    shutil.copytree(tmp_path / "Mask", tmp_path / "all" / "Mask" / "training")  # inside of the source's own tree
+    inside = ("--mask-src", tmp_path / "all" / "Mask", "--name", "x", "--max-refused", 0.5)
+    assert run("--src", tmp_path / "all", "--out", tmp_path / "o4", *inside) == 0
+    assert [source.name for source in read_manifest(tmp_path / "o4").sources] == ["all/training/X"]
 
     write_words(tmp_path / "training" / "Y", 5)
     with pytest.raises(UserError, match=r"no LMDB with its masks at .*Mask/Y"):

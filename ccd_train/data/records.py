@@ -30,7 +30,7 @@ def find_lmdbs(root: str | Path) -> list[Path]:
     if not root.exists():
         raise UserError(f"{root}: no such folder; give the folder of an LMDB, or one with LMDBs somewhere below it")
     found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=True):
         identity = os.path.realpath(folder)
         if identity in seen:  # a link to a folder above, or a second way to the same place
             subfolders.clear()
@@ -42,6 +42,10 @@ def find_lmdbs(root: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"{root}: no LMDB here or below (no file {FILE}); give a folder that holds one")
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 class LmdbReader:
@@ -164,7 +168,7 @@ def _open_checked(path: Path) -> lmdb.Environment:
     if not file.is_file():
         raise UserError(f"{path}: no LMDB here (no file {FILE}); give the folder of an LMDB")
     try:
-        environment = lmdb.open(os.fspath(path), readonly=True, lock=False, readahead=True, max_dbs=0)
+        environment = lmdb.open(os.fsencode(path), readonly=True, lock=False, readahead=True, max_dbs=0)
     except lmdb.Error as error:
         raise UserError(f"{file}: cannot be opened as an LMDB ({error}); copy it again") from None
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
@@ -184,7 +188,7 @@ class LmdbWriter:
             raise UserError(f"{self.path}: an LMDB is here already; choose another folder or delete it")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._environment = lmdb.open(os.fspath(self.path), map_size=_FIRST_MAP)
+            self._environment = lmdb.open(os.fsencode(self.path), map_size=_FIRST_MAP)
         except (OSError, lmdb.Error) as error:
             raise UserError(f"{self.path}: cannot be written ({error}); choose another folder") from None
         self._pending: list[tuple[bytes, bytes]] = []
