@@ -28,7 +28,7 @@ from data_tools.plan import Piece, Plan, Settings, SizeCounts, Slice
 from data_tools.pool import Report, available_cores, run_jobs
 from data_tools.progress import Progress
 from data_tools.sources import Origin, find_origins
-from data_tools.state import Outcome, Refused, State, is_whole, write_refused
+from data_tools.state import Outcome, Refused, State, is_whole, write_errors, write_refused
 from data_tools.tar import ShardWriter, directory_of
 
 _REPORT_EVERY = 256  # records
@@ -62,14 +62,9 @@ class Job:
 
 def make_shard(job: Job, done: Report) -> Outcome:
     """Converts a piece, and notes that it is done. Its shard is written whole or not at all."""
-    try:
+    with write_errors(job.options.out / job.piece.file):
         outcome = _write_shard(job, done)
         State(job.options.out).record(job.piece, outcome)
-    except OSError as error:
-        raise UserError(
-            f"{job.options.out / job.piece.file}: cannot be written ({error.strerror}); make room or mend the disk, "
-            "then start the same command again: it goes on where it stopped"
-        ) from None
     return outcome
 
 
@@ -211,7 +206,9 @@ def _too_many_refused(state: State, jobs: Sequence[Job], refused: int, records: 
 
 def main(argv: list[str]) -> int:
     """`ccd-data convert`: see the module's docstring."""
-    convert(_parse(argv))
+    options = _parse(argv)
+    with write_errors(options.out):
+        convert(options)
     return FINISHED
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ccd_train.data.shards import MANIFEST, REFUSED, Manifest, Shard, read_manifest, write_manifest
 from ccd_train.errors import FINISHED, UserError
 from data_tools.plan import Piece, Plan, SizeCounts, Slice
-from data_tools.state import Outcome, State, remove_temporaries, write_refused
+from data_tools.state import Outcome, State, remove_temporaries, write_errors, write_refused
 
 
 def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
@@ -84,7 +84,8 @@ def main(argv: list[str]) -> int:
     state = State(folder)
     plan = state.plan()
     if plan is not None and not (folder / MANIFEST).exists():
-        finish(state, plan)
+        with write_errors(folder):
+            finish(state, plan)
         return FINISHED
     print(f"{describe(folder, read_manifest(folder))}; nothing to merge")
     return FINISHED

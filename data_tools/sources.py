@@ -97,7 +97,7 @@ def _open(name: str, path: Path, mask_path: Path | None) -> Origin:
         records = len(images)
         if mask_path is not None and not masks.has("mask"):
             raise UserError(f"{mask_path}: no mask-%09d keys here; give LMDBs with masks as --mask-src")
-        digest, bytes_in_tar = hashlib.sha256(b"%d" % records), 0
+        digest, bytes_in_tar = hashlib.sha256(b"%d records, %d keys" % (records, versions[0][0])), 0
         numbers = np.unique(np.linspace(1, records, PROBES).astype(int))
         for number in map(int, numbers):
             for part in (images.image(number), images.label_bytes(number), masks.mask(number)):

@@ -56,14 +56,11 @@ class State:
         self.folder = out / FOLDER
 
     def begin(self, plan: Plan) -> None:
-        """Makes the folder this plan's own. UserError if it holds anything else, or cannot be written to."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / PLAN).exists() and not (self.out / MANIFEST).exists():
-                self._check_empty()
-                write_atomically(self.folder / PLAN, [plan.json()])
-        except OSError as error:
-            raise UserError(f"{self.out}: cannot be written to ({error.strerror}); choose another --out") from None
+        """Makes the folder this plan's own. UserError if it holds anything else."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / PLAN).exists() and not (self.out / MANIFEST).exists():
+            self._check_empty()
+            write_atomically(self.folder / PLAN, [plan.json()])
 
     def plan(self) -> Plan | None:
         """The plan of the unfinished conversion, None if there is none."""
@@ -135,6 +132,18 @@ def remove_temporaries(folder: Path, files: set[str]) -> None:
         match = re.fullmatch(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp", entry.name, re.DOTALL)
         if match and match[1] in files:
             Path(entry.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """A full or failing disk becomes a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room or mend the disk, then start the same command "
+            "again: it goes on where it stopped"
+        ) from None
 
 
 def is_whole(folder: Path, shard: Shard) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from crops import REAL, contents, crop, small_disk
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
-from data_tools import convert, verify
+from data_tools import convert, merge, verify
 from data_tools.sources import PROBES
 
 
@@ -92,6 +93,21 @@ def test_a_worker_that_is_killed_ends_the_conversion_with_a_line(tmp_path: Path)
     assert "a worker process was killed" in message and "goes on where it stopped" in message
     assert subprocess.run(words).returncode == 0
     assert Corpus.open(tmp_path / "o").num_samples == 8_000
+
+
+def test_a_disk_that_is_full_at_the_very_end(tiny: Tiny, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "16m") as disk:
+        options = ["--src", str(tiny.lmdb), "--out", str(disk / "o"), "--name", "w", "--workers", "1"]
+        for part in ("0/2", "1/2"):
+            assert convert.main([*options, "--samples-per-shard", "100", "--slice", part]) == 0
+        with contextlib.suppress(OSError), open(disk / "filler", "wb") as filler:
+            while True:
+                filler.write(bytes(1 << 16))
+        with pytest.raises(UserError, match="No space left on device"):
+            merge.main([str(disk / "o")])
+        (disk / "filler").unlink()
+        assert merge.main([str(disk / "o")]) == 0
+        assert Corpus.open(disk / "o").num_samples == tiny.samples
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

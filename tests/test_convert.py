@@ -305,7 +305,7 @@ def test_another_conversion_in_the_folder_is_refused(words: Path, shards: Path, 
     with pytest.raises(UserError, match=r"not empty.*'thesis\.tex'"):
         run(*options, "--out", tmp_path / "q")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(UserError, match="cannot be written"):
         run(*options, "--out", tmp_path / "file" / "o")
 
 
