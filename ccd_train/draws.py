@@ -67,9 +67,8 @@ def field(keys: Tensor, operation: str, size: int) -> Tensor:
 
 def spread(words: Tensor, size: int) -> Tensor:
     """float32 [B, size] in [0, 1) from int64 words [B]. In 32-bit arithmetic, which CPUs do eight at a time."""
-    low = words.to(torch.int32)[:, None]  # int64 → int32 keeps the low bits
-    high = _shift(words, 32, 64).to(torch.int32)[:, None]
-    x = torch.arange(size, dtype=torch.int32, device=words.device)[None, :] * _signed(0x9E3779B1, 32) + low
+    low, high = words.contiguous().view(torch.int32).view(-1, 2, 1).unbind(1)  # little-endian, as all that runs torch
+    x = _counter(size, words.device) + low
     x ^= high
     shifted = torch.empty_like(x)
     for by, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -78,6 +77,12 @@ def spread(words: Tensor, size: int) -> Tensor:
         x *= _signed(factor, 32)
     x >>= 8  # the 24 high bits are well mixed by now: the finaliser's last step would only mend the low ones
     return x.bitwise_and_((1 << 24) - 1).to(torch.float32).mul_(2.0**-24)
+
+
+@cache
+def _counter(size: int, device: torch.device) -> Tensor:
+    """int32 [size]: multiples of the golden ratio, for `spread` to start from; not to be changed."""
+    return torch.arange(size, dtype=torch.int32, device=device) * _signed(0x9E3779B1, 32)
 
 
 def permutation(size: int, *words: int) -> np.ndarray:

@@ -117,6 +117,56 @@ WHOLE = {
 }
 
 
+# What a parameter may be, by its full name or by what it is called in every operation that has it
+LIMITS: dict[str, Range] = {
+    "alpha": (0, 1),
+    "angle": (0, 1),
+    "base": (0, 1),
+    "bound": (0, 255),
+    "colors": (2, 16),
+    "compression": (0, 100),
+    "cutoff": (0, 1),
+    "density": (0, 1),
+    "diameter": (1, 11),
+    "direction": (0, 1),
+    "exponent": (-8, 0),
+    "factor": (0, 10),
+    "gain": (0, 100),
+    "grey": (0, 255),
+    "hue_factor": (0, 10),
+    "kelvin": (1000, 40000),
+    "lightness": (0, 10),
+    "limit": (0, 256),
+    "per_channel": (0, 1),
+    "probability": (0, 1),
+    "rate": (0, 255),
+    "saturation": (-255, 255),
+    "saturation_factor": (0, 10),
+    "scale": (0, 255),
+    "share": (0, 1),
+    "shift": (-255, 255),
+    "sigma": (0.05, 10),
+    "sigma_color": (1, 1000),
+    "sigma_space": (0.1, 1000),
+    "size": (0, 1),
+    "slant": (-80, 80),
+    "speed": (0, 1),
+    "spread": (0, 1),
+    "strength": (0, 10),
+    "texture": (-8, 0),
+    "thick": (0, 10),
+    "thick_exponent": (-8, 0),
+    "thin": (0, 10),
+    "thin_exponent": (-8, 0),
+    "threshold": (0, 256),
+    "tiles": (1, 8),
+    "uniformity": (0, 1),
+    "average_blur.size": (1, 7),
+    "coarse_dropout.size": (0.01, 1),
+    "gamma.exponent": (0.05, 10),
+}
+
+
 @dataclass(frozen=True)
 class Group:
     """One of `operations`, by weight, with `probability`."""
@@ -347,8 +397,11 @@ def _override(chain: Chain, override: str) -> Chain:
     key, _, text = override.partition("=")
     low, high = _range(where, text)
     if key in RANGES:
-        if low < 0 <= RANGES[key][0]:
-            raise UserError(f"{where}: must not be negative")
+        least, most = LIMITS[key] if key in LIMITS else LIMITS[key.partition(".")[2]]
+        if not least <= low <= high <= most:
+            raise UserError(f"{where}: must lie between {least:g} and {most:g}")
+        if key in WHOLE and not (low.is_integer() and high.is_integer()):
+            raise UserError(f"{where}: must be whole numbers")
         return replace(chain, ranges={**chain.ranges, key: (low, high)})
     names = ["identity", "warp", *(group.name for group in chain.groups)]
     if key not in names:

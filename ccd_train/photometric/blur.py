@@ -80,29 +80,33 @@ def bilateral_blur(images: Tensor, seeds: Tensor, diameter: Tensor, sigma_color:
     The separable form is an approximation (Pham and van Vliet 2005). A pixel weighs exp(−δ²/2σ²) by its distance and
     again by the sum of its channels' differences, as in OpenCV.
     """
-    reach = _offsets(images, BILATERAL_RADIUS).abs()
-    space = (reach.square() / (-2 * sigma_space.view(-1, 1).double().square())).exp()
-    space = (space * (reach <= (diameter.view(-1, 1) / 2).floor())).to(images.dtype)
+    offsets, radius = _offsets(images, BILATERAL_RADIUS), (diameter.view(-1, 1) / 2).floor()
+    # OpenCV's window is round: of its rows and columns those through the middle are the longest
+    inside = radius.square() - offsets.square()
+    length = (inside.clamp(min=0).sqrt().floor() * 2 + 1) * (inside >= 0) / (2 * radius + 1)
+    space = length * (offsets.square() / (-2 * sigma_space.view(-1, 1).double().square())).exp()
     differences = torch.arange(DIFFERENCES, dtype=torch.float64, device=images.device)
-    likeness = (differences.square() / (-2 * sigma_color.view(-1, 1).double().square())).exp().to(images.dtype)
+    likeness = (differences.square() / (-2 * sigma_color.view(-1, 1).double().square())).exp()
+    space, likeness = space.to(images.dtype), likeness.to(images.dtype)
     across = _bilateral_pass(images, space, likeness)
     return _bilateral_pass(across.transpose(2, 3).contiguous(), space, likeness).transpose(2, 3).contiguous()
 
 
 def _bilateral_pass(images: Tensor, space: Tensor, likeness: Tensor) -> Tensor:
-    """Along the last axis, with weights [B, k] by distance and [B, 768] by difference."""
-    radius, width = space.shape[1] // 2, images.shape[-1]
+    """Along the last axis, with weights [B, k] by distance and [B, 768] by difference; whole levels."""
+    radius, width = space.shape[1] // 2, images.shape[3]
     padded = F.pad(images, (radius, radius, 0, 0), mode="reflect")
     total, weights = images.clone(), torch.ones_like(images[:, :1])
-    for offset, near in enumerate(space[:, :, None, None, None].unbind(1)):
-        if offset == radius:
-            continue  # the pixel itself, with weight 1
-        shifted = padded[..., offset : offset + width]
-        red, green, blue = (shifted - images).abs_().split(1, dim=1)
-        weight = look_up(red.add_(green).add_(blue), likeness).mul_(near)
-        total.addcmul_(shifted, weight)
-        weights.add_(weight)
-    return total.div_(weights)
+    for offset in range(1, radius + 1):
+        here, there = padded[..., :-offset], padded[..., offset:]
+        red, green, blue = (here - there).abs_().split(1, dim=1)
+        weight = look_up(red.add_(green).add_(blue), likeness).mul_(space[:, radius + offset, None, None, None])
+        # a pair of pixels weighs the same from both ends
+        for start, neighbour in ((radius, there), (radius - offset, here)):
+            of_pixel = weight[..., start : start + width]
+            total.addcmul_(neighbour[..., start : start + width], of_pixel)
+            weights.add_(of_pixel)
+    return total.div_(weights).round_()
 
 
 def median_blur_3(images: Tensor, seeds: Tensor) -> Tensor:

@@ -107,7 +107,9 @@ class Stage:
         for part in self.slices:
             rows = slice(part.start, part.stop)
             values = columns[rows, : part.parameters, None, None, None].unbind(1)
-            images[rows] = OPERATIONS[part.operation](images[rows], seeds[rows], *values)
+            result = OPERATIONS[part.operation](images[rows], seeds[rows], *values)
+            if result.data_ptr() != images[rows].data_ptr():
+                images[rows] = result
         if self.slices:
             images[: self.slices[-1].stop].clamp_(0, 255).round_()
 

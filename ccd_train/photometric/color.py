@@ -13,7 +13,7 @@ from ccd_train.photometric.tables import constant
 LUMA = (9798.0, 19235.0, 3735.0)  # of 2¹⁵: ITU-R BT.601's 0.299, 0.587, 0.114, as OpenCV rounds them
 SEXTANT = 30.0  # hue units of a sextant
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-KMEANS_ROUNDS = 6
+KMEANS_ROUNDS = 5
 KMEANS_STRIDE = 2  # of rows and columns, for the rounds; all pixels are assigned in the end
 
 
@@ -106,11 +106,11 @@ def temperature(images: Tensor, seeds: Tensor, kelvin: Tensor) -> Tensor:
     """Multiplies the channels by the colour of a black body, by Helland's fit (2012) to Charity's table."""
     hundreds = kelvin.double() / 100
     warm, cold = hundreds.clamp(max=66), hundreds.clamp(min=66.001) - 60
-    red = torch.where(hundreds <= 66, 255, 329.698727446 * cold.pow(-0.1332047592))
+    red = 329.698727446 * cold.pow(-0.1332047592)  # above 255 up to 6600 K
     green = torch.where(
         hundreds <= 66, 99.4708025861 * warm.log() - 161.1195681661, 288.1221695283 * cold.pow(-0.0755148492)
     )
-    blue = torch.where(hundreds >= 66, 255, 138.5177312231 * (warm - 10).clamp(min=0.1).log() - 305.0447927307)
+    blue = 138.5177312231 * (warm - 10).clamp(min=0.1).log() - 305.0447927307 + 3 * (hundreds >= 66)
     return images.mul_(torch.cat([red, green, blue], dim=1).clamp_(0, 255).div_(255).to(images.dtype))
 
 
@@ -144,13 +144,14 @@ def kmeans_colors(images: Tensor, seeds: Tensor, colors: Tensor) -> Tensor:
         nearest = _nearest(sample, centers, used)
         sums, counts = nearest @ sample.transpose(1, 2), nearest.sum(dim=2, keepdim=True)
         centers = torch.where(counts > 0, (sums / counts.clamp(min=1)).round_(), centers)
-    nearest = _nearest(images.flatten(2), centers, used)
-    sums, counts = centers.transpose(1, 2) @ nearest, nearest.sum(dim=1, keepdim=True)
-    return (sums / counts).view_as(images)
+    return (centers.transpose(1, 2) @ _nearest(images.flatten(2), centers, used)).view_as(images)
 
 
 def _nearest(pixels: Tensor, centers: Tensor, used: Tensor) -> Tensor:
-    """1 where a centre [B, 16, 3] in use [B, 16, 1] is nearest to a pixel [B, 3, P]; ties are shared: [B, 16, P]."""
-    distances = centers.square().sum(dim=2, keepdim=True) - 2 * (centers @ pixels)  # less the pixel's own square
-    distances += (1 - used) * 2.0**20  # more than any difference of two distances
+    """1 where a centre [B, 16, 3] in use [B, 16, 1] is nearest to a pixel [B, 3, P], the first if equal: [B, 16, P]."""
+    slots = torch.arange(16, device=pixels.device)[:, None]
+    # Squared distance, less the pixel's own square, in sixteenths: the slot decides between equals. What is not in use
+    # is further away than anything can be.
+    away = centers.square().sum(dim=2, keepdim=True) * 16 + slots + (1 - used) * 2.0**24
+    distances = torch.baddbmm(away, centers, pixels, alpha=-32)
     return (distances == distances.amin(dim=1, keepdim=True)).to(pixels.dtype)

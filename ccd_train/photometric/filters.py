@@ -60,10 +60,8 @@ def directed_edge_detect(images: Tensor, seeds: Tensor, alpha: Tensor, direction
     bearing = torch.atan2(offset[None, :], -offset[:, None])  # of the neighbours, clockwise from the top
     turn = (bearing - direction.view(-1, 1, 1) * (2 * math.pi)).abs() / math.pi  # in half turns
     turn = torch.minimum(turn.remainder(2), 2 - turn.remainder(2))
-    weights = (1 - turn).pow(4)
-    weights[:, 1, 1] = 0
-    kernels = -weights / weights.flatten(1).cumsum(1)[:, -1, None, None]
-    kernels[:, 1, 1] = 1
+    weights = (1 - turn).pow(4) * constant(NEIGHBOURS, images.device)
+    kernels = constant(IDENTITY, images.device) - weights / weights.flatten(1).cumsum(1)[:, -1, None, None]
     return correlate(images, blend_kernels(alpha, kernels.to(images.dtype)))
 
 
