@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import cv2
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -50,8 +51,11 @@ class Metrics:
         self._show(values)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """A uint8 [H, W, 3] picture into TensorBoard."""
+        """A uint8 RGB picture [H, W, 3] into TensorBoard, and as RUN/pictures/NAME_00000100.png."""
         self._board.add_image(name, image, step, dataformats="HWC")
+        folder = self._path.parent / "pictures"
+        folder.mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / f"{name}_{step:08d}.png"), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
 
     def advance(self) -> None:
         self._bar.update()

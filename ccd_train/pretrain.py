@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccd_train import distributed, draws
+from ccd_train import distributed, draws, pictures
 from ccd_train.config import Config
 from ccd_train.data.batches import Batch
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, TrainingError, UserError
@@ -29,6 +29,7 @@ from ccd_train.losses import distillation_loss, segmentation_loss, teacher_stati
 from ccd_train.metrics import Metrics
 from ccd_train.models.ccd import StudentOutput
 from ccd_train.options import parse
+from ccd_train.pictures import Seen
 from ccd_train.rates import Rates
 from ccd_train.run import Run, begin
 
@@ -45,6 +46,21 @@ class Losses:
     """Pairs of regions, float32 []."""
     targets: Tensor
     """The teacher's logits, float32 [2M, P]."""
+    seen: Seen
+    """For a picture."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step when it is done."""
+
+    figures: dict[str, float]
+    """Of metrics.jsonl."""
+    waited: float
+    """Seconds in which this rank waited for data."""
+    stop: bool
+    """Some rank was asked to stop; the same on all ranks."""
+    seen: Seen
 
 
 def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
@@ -66,13 +82,16 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
         pairs_global=distributed.all_reduce_sum(characters.clone()),
     )  # fmt: skip
     masks = torch.cat([batch.pseudo_mask.bool(), warp_masks(batch.pseudo_mask, views.theta)])
-    return Losses(distillation, segmentation_loss(student.segmentation_logits, masks), characters, targets)
+    segmentation = segmentation_loss(student.segmentation_logits, masks)
+    logits = student.segmentation_logits.detach()
+    seen = Seen(batch.images_u8, batch.pseudo_mask, regular, irregular, logits, student.regions.ids)
+    return Losses(distillation, segmentation, characters, targets, seen)
 
 
-def train_step(run: Run, logged: bool) -> tuple[dict[str, float], bool]:
-    """One step on the next global batch: its figures, a few more where `logged`, and whether to stop after it."""
+def train_step(run: Run, logged: bool) -> Step:
+    """One step on the next global batch, with a few figures more where it is `logged`."""
     config, engine, center = run.config, run.engine, run.center
-    now, waited, seen, statistics = run.rates(), 0.0, [], {}
+    now, waited, sample_ids, statistics = run.rates(), 0.0, [], {}
     if now.prototypes_thaw:
         engine.forget_prototype_moments()
     engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
@@ -83,7 +102,7 @@ def train_step(run: Run, logged: bool) -> tuple[dict[str, float], bool]:
         began = time.monotonic()
         batch = next(run.batches)
         waited += time.monotonic() - began
-        seen.append(batch.sample_ids)
+        sample_ids.append(batch.sample_ids)
         losses = losses_of(run, batch, now)
         last = micro_step == run.accumulation - 1
         engine.backward(losses.distillation + config.distillation.segmentation_weight * losses.segmentation, last)
@@ -102,9 +121,9 @@ def train_step(run: Run, logged: bool) -> tuple[dict[str, float], bool]:
         run.teacher.update(now.momentum)
     else:
         torch._foreach_copy_(moving, before)
-    advance(run, applied, torch.cat(seen))
+    advance(run, applied, torch.cat(sample_ids))
     figures = figures_of(run, now, totals) | {name: value.item() for name, value in statistics.items()}
-    return figures | {"data_wait": waited}, totals[4] > 0
+    return Step(figures, waited, stop=totals[4] > 0, seen=losses.seen)
 
 
 def advance(run: Run, applied: bool, sample_ids: Tensor) -> None:
@@ -152,6 +171,8 @@ def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
         "center_norm": run.center.value.norm().item(),
         "loss_scale": run.engine.loss_scale,
         "skipped_steps": progress.skipped_steps,
+        "damaged_samples": run.batches.damaged,
+        "regions_from_student": float(now.regions_from_student),
     }
 
 
@@ -162,20 +183,22 @@ def train(run: Run, metrics: Metrics | None) -> bool:
     while progress.step < run.last_step:
         coming = progress.step + 1
         logged = coming % config.log.every_steps == 0 or coming == run.last_step
-        figures, stop = train_step(run, logged)
-        waited, steps = waited + figures["data_wait"], steps + 1
+        step = train_step(run, logged)
+        waited, steps = waited + step.waited, steps + 1
         if metrics is not None:
             metrics.advance()
             if logged:
                 seconds = time.monotonic() - began
                 rate = {"samples_per_second": steps * run.global_batch / seconds, "data_wait": waited / seconds}
-                metrics.write(figures | rate)
+                metrics.write(step.figures | rate)
+            if config.log.pictures_every_steps and (coming == 1 or coming % config.log.pictures_every_steps == 0):
+                metrics.picture("step", pictures.draw(step.seen), coming)
         if logged:
             began, waited, steps = time.monotonic(), 0.0, 0
         finished = progress.step == run.last_step
-        if stop or finished or progress.step % config.checkpoint.every_steps == 0:
+        if step.stop or finished or progress.step % config.checkpoint.every_steps == 0:
             run.save()
-        if stop and not finished:
+        if step.stop and not finished:
             return False
     return True
 

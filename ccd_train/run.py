@@ -12,8 +12,7 @@ import torch
 from ccd_train import checkpoint, distributed
 from ccd_train.augment import Augmentation
 from ccd_train.config import Config
-from ccd_train.data.loader import Batches, loader
-from ccd_train.data.order import Order
+from ccd_train.data.loader import Batches, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.ema import Teacher
 from ccd_train.engine import Engine
@@ -106,7 +105,7 @@ def begin(config: Config) -> Run:
     stop = Stop(config.max_minutes)
     use_threads(config)
     with distributed.together():
-        corpus = Corpus.open(config.data.shards)
+        corpus = Corpus.open(config.data.shards, config.data.exclude)
     with distributed.together():
         global_batch = claim(run_dir, config, corpus.hash, config.train.global_batch_size)
         global_batch = global_batch or config.train.micro_batch_size * distributed.world_size()
@@ -131,7 +130,7 @@ def begin(config: Config) -> Run:
     last_step = steps if config.max_steps is None else min(steps, config.max_steps)
     batches = loader(
         corpus,
-        Order(corpus.shard_samples, config.seed, config.data.window_shards),
+        sample_order(corpus, config.data, config.seed),
         start_position=progress.position,
         end_position=max(last_step * global_batch, progress.position),
         global_batch_size=global_batch,
@@ -140,6 +139,9 @@ def begin(config: Config) -> Run:
         world_size=distributed.world_size(),
         workers=config.data.workers,
         mask_mode=config.data.mask_mode,
+        max_damaged=config.data.max_damaged,
+        stage=config.data.stage,
+        stage_gb=config.data.stage_gb,
     )
     augmentation = Augmentation(config.augment, config.affine)
     return Run(
