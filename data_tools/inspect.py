@@ -1,0 +1,232 @@
+"""`ccd-data inspect DIR`: a page and a contact sheet that show what is in a folder of shards.
+
+Sizes and refused records are those of the whole folder (its manifest counted them); contrast, aspect ratio and
+characters are measured on a random part of it, the same one every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ccd_train.data.masks import (
+    HEIGHT,
+    WIDTH,
+    UndecodableImage,
+    decode_mask,
+    decode_rgb,
+    pseudo_mask,
+    resize_image,
+    resize_mask,
+)
+from ccd_train.data.shards import Corpus, DamagedSampleError, Manifest, read_manifest
+from ccd_train.errors import FINISHED, UserError
+from data_tools.page import Histogram, Table, write_page
+from data_tools.progress import Progress
+
+SLOTS, MIN_PIXELS = 26, 30  # of character regions, as in training
+SCALE = 1.5  # of the crops on the contact sheet
+COLUMNS = 8
+COLOURS = ((255, 99, 71), (60, 179, 113), (65, 135, 245), (255, 200, 40), (200, 90, 230), (70, 210, 210))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one sample shows. Images uint8 [32, 128, …] as the network sees them."""
+
+    key: str
+    label: str
+    image: np.ndarray
+    mask: np.ndarray
+    regions: np.ndarray
+    """Ids [32, 128]: 0 background, then the characters from left to right."""
+    width: int
+    height: int
+    contrast: float
+    """Grey levels between the mean of the text and that of the background."""
+    overlap: float | None
+    """Intersection over union of the pseudo-mask and the stored mask, where there is one."""
+
+    @property
+    def characters(self) -> int:
+        return int(self.regions.max())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ccd-data inspect", description="A page that shows what is in the shards.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards")
+    parser.add_argument("--out", type=Path, help="where to write inspect.html and inspect.png (default: DIR)")
+    parser.add_argument("--measure", type=int, default=2000, help="samples to measure (default 2000)")
+    parser.add_argument("--show", type=int, default=64, help="samples on the contact sheet (default 64)")
+    options = parser.parse_args(argv)
+    if options.measure < 1 or not 1 <= options.show <= 1000:
+        raise UserError("--measure must be 1 or more, and --show between 1 and 1000")
+    out = options.out or options.folder
+    manifest, corpus = read_manifest(options.folder), Corpus.open(options.folder)
+    looks, unreadable = take_looks(corpus, max(options.measure, options.show))
+    if not looks:
+        raise UserError(f"{options.folder}: none of {unreadable} samples can be read; ccd-data verify tells more")
+    sheet = cv2.imencode(".png", contact_sheet(looks[: options.show])[..., ::-1])[1].tobytes()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "inspect.png").write_bytes(sheet)
+        tables = [
+            summary(manifest, looks, unreadable),
+            sources(manifest),
+            refused(manifest),
+            shown(looks[: options.show]),
+        ]
+        write_page(out / "inspect.html", f"Shards {manifest.name}", sheet, histograms(manifest, looks), tables)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
+    print(f"{out / 'inspect.html'} and inspect.png: {len(looks)} samples measured, {unreadable} unreadable")
+    return FINISHED
+
+
+def take_looks(corpus: Corpus, count: int) -> tuple[list[Look], int]:
+    """Random samples, and how many more could not be read."""
+    random = np.random.default_rng(0)
+    if corpus.num_samples <= 2 * count:
+        chosen = random.permutation(corpus.num_samples)[:count].tolist()
+    else:
+        chosen = list(dict.fromkeys(random.integers(0, corpus.num_samples, 4 * count).tolist()))[:count]
+    looks, unreadable = [], 0
+    with Progress("inspect", len(chosen), "samples") as progress:
+        for sample in chosen:
+            progress.update(1)
+            try:
+                looks.append(look(corpus, *corpus.locate(sample)))
+            except (DamagedSampleError, UndecodableImage):
+                unreadable += 1
+    return looks, unreadable
+
+
+def look(corpus: Corpus, shard: int, row: int) -> Look:
+    """Reads and measures a sample. Raises DamagedSampleError or UndecodableImage."""
+    data, label, stored = corpus.read(shard, row)
+    image = decode_rgb(data or b"")
+    mask = pseudo_mask(image)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    text, background = grey[mask == 1], grey[mask == 0]
+    small = resize_mask(mask)
+    return Look(
+        key=corpus.key(shard, row),
+        label="" if label is None else label.decode(errors="replace"),
+        image=resize_image(image),
+        mask=small,
+        regions=character_regions(small),
+        width=image.shape[1],
+        height=image.shape[0],
+        contrast=abs(float(text.mean()) - float(background.mean())) if text.size and background.size else 0.0,
+        overlap=None if stored is None else intersection_over_union(small, resize_mask(decode_mask(stored))),
+    )
+
+
+def character_regions(mask: np.ndarray) -> np.ndarray:
+    """Ids of the regions of a mask [32, 128], as in training: 8-connected, ≥ 30 pixels, left to right, ≤ 26."""
+    count, components, stats, centers = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    large = [number for number in range(1, count) if stats[number, cv2.CC_STAT_AREA] >= MIN_PIXELS]
+    ordered = sorted(large, key=lambda number: float(centers[number][0]))[:SLOTS]
+    ids = np.zeros(count, np.uint8)
+    ids[ordered] = np.arange(1, len(ordered) + 1)
+    return np.asarray(ids[components])
+
+
+def intersection_over_union(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two 0/1 masks; 1 if both are empty."""
+    union = np.count_nonzero(one | other)
+    return np.count_nonzero(one & other) / union if union else 1.0
+
+
+def contact_sheet(looks: Sequence[Look]) -> np.ndarray:
+    """uint8 [H, W, 3]: each sample's crop, mask, regions, and a line of figures."""
+    cells = [_cell(number, sample) for number, sample in enumerate(looks)]
+    blank = np.full_like(cells[0], 255)
+    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
+    rows[-1] += [blank] * (COLUMNS - len(rows[-1]) if len(rows) > 1 else 0)
+    return np.vstack([np.hstack(row) for row in rows])
+
+
+def _cell(number: int, sample: Look) -> np.ndarray:
+    palette = np.array([(24, 24, 24), *(COLOURS[slot % len(COLOURS)] for slot in range(SLOTS))], np.uint8)
+    tiles = (sample.image, np.repeat(sample.mask[..., None] * np.uint8(255), 3, axis=2), palette[sample.regions])
+    size = (int(WIDTH * SCALE), int(HEIGHT * SCALE))
+    stacked = np.vstack([cv2.resize(tile, size, interpolation=cv2.INTER_NEAREST) for tile in tiles])
+    line = np.full((16, size[0], 3), 255, np.uint8)
+    text = f"{number}: {sample.width}x{sample.height}, {sample.characters} regions"
+    cv2.putText(line, text, (2, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.pad(np.vstack([stacked, line]), ((4, 4), (4, 4), (0, 0)), constant_values=255)
+
+
+def histograms(manifest: Manifest, looks: Sequence[Look]) -> list[Histogram]:
+    """Sizes of the whole folder, the rest of the samples looked at."""
+    edges = manifest.sizes.get("edges", [])
+    whole = [
+        Histogram(f"{side.capitalize()} in pixels, all samples", [f"≥ {edge}" for edge in edges], manifest.sizes[side])
+        for side in ("width", "height")
+        if edges
+    ]
+    aspect = np.array([sample.width / sample.height for sample in looks])
+    ratios = [0.0, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 15]
+    contrast = np.array([sample.contrast for sample in looks])
+    levels = list(range(0, 256, 16))
+    characters = np.bincount([sample.characters for sample in looks], minlength=SLOTS + 1)
+    return [
+        *whole,
+        Histogram("Width ÷ height", [f"≥ {ratio:g}" for ratio in ratios], _counts(aspect, ratios)),
+        Histogram("Contrast in grey levels", [f"≥ {level}" for level in levels], _counts(contrast, levels)),
+        Histogram("Characters (regions) per image", [str(n) for n in range(SLOTS + 1)], characters.tolist()),
+    ]
+
+
+def _counts(values: np.ndarray, edges: Sequence[float]) -> list[int]:
+    return [int(count) for count in np.histogram(values, [*edges, np.inf])[0]]
+
+
+def summary(manifest: Manifest, looks: Sequence[Look], unreadable: int) -> Table:
+    """The first table: what there is, and the medians of what was measured."""
+    shards = manifest.shards
+    rows = [
+        ("samples", f"{manifest.samples:,} in {len(shards):,} shards, {manifest.bytes / 1e9:.3f} GB"),
+        ("with label", f"{sum(shard.labels for shard in shards):,}"),
+        ("with stored mask", f"{sum(shard.masks for shard in shards):,}"),
+        ("refused", f"{sum(manifest.refused.values()):,}"),
+        ("hash", manifest.hash),
+        ("measured", f"{len(looks):,} samples; {unreadable:,} more could not be read"),
+        ("contrast, median", f"{np.median([sample.contrast for sample in looks]):.0f} grey levels"),
+        ("characters, mean", f"{np.mean([sample.characters for sample in looks]):.1f}"),
+        ("without any character", f"{np.mean([sample.characters == 0 for sample in looks]):.1%}"),
+        ("text pixels, mean", f"{np.mean([sample.mask.mean() for sample in looks]):.0%}"),
+    ]
+    overlaps = [sample.overlap for sample in looks if sample.overlap is not None]
+    if overlaps:
+        rows.append(("pseudo-mask against stored mask, median IoU", f"{np.median(overlaps):.3f}"))
+    return Table("Summary", ("", ""), rows)
+
+
+def sources(manifest: Manifest) -> Table:
+    return Table("Sources", ("source", "records"), [(entry.name, f"{entry.records:,}") for entry in manifest.sources])
+
+
+def refused(manifest: Manifest) -> Table:
+    return Table("Refused records", ("kind", "records"), [(kind, f"{n:,}") for kind, n in manifest.refused.items()])
+
+
+def shown(looks: Sequence[Look]) -> Table:
+    rows = [
+        (
+            str(number),
+            sample.key,
+            sample.label,
+            f"{sample.width}×{sample.height}",
+            f"{sample.contrast:.0f}",
+            str(sample.characters),
+        )
+        for number, sample in enumerate(looks)
+    ]
+    return Table("Samples of the sheet", ("", "key", "label", "size", "contrast", "characters"), rows)
