@@ -73,7 +73,10 @@ def _of_checkpoint(path: Path) -> Weights:
     state = checkpoint.read_state(path)
     model = from_dict(Config, state["settings"], str(path / "state.json")).model
     networks = checkpoint.read_weights(path)
-    return Weights(model, networks["teacher"], networks["student"], str(path))
+    teacher, student = (
+        {name: tensor.detach() for name, tensor in networks[network].items()} for network in ("teacher", "student")
+    )
+    return Weights(model, teacher, student, str(path))
 
 
 def main(argv: list[str]) -> int:

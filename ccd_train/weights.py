@@ -166,8 +166,14 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
     """Writes an official checkpoint; returns the relative residual of its position embeddings, the larger of the two.
 
     UserError where something is lost and `lossy` is not set: a residual above 0.001, or taps that differ from blocks
-    2, 4, 6, from which the official segmentation head reads. Left out: `segmentation.conv_mla`, which never runs.
+    2, 4, 6, from which the official segmentation head reads; and always where there are fewer than 6 blocks. Left out:
+    `segmentation.conv_mla`, which never runs.
     """
+    if weights.model.depth < max(OFFICIAL_TAPS):
+        raise UserError(
+            f"{weights.origin}: the official code needs {max(OFFICIAL_TAPS)} blocks or more, this network has "
+            f"{weights.model.depth}; export it in our own form (--out FOLDER)"
+        )
     if weights.model.taps != OFFICIAL_TAPS and not lossy:
         raise UserError(
             f"{weights.origin}: its segmentation head reads blocks {weights.model.taps}, the official one reads "

@@ -6,16 +6,11 @@ gradients are averaged, as the engine does it. Float32; tolerance 1e-4 of each g
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import Tensor
 
 from ccd_train import distributed
@@ -94,25 +89,17 @@ def step(inputs: Inputs, images: slice) -> Result:
     return {**gradients, **buffers, **losses, **statistics, "center": center.value}
 
 
-def rank_main(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    for scenario in SCENARIOS:
-        size = BATCH // RANKS
-        result = step(inputs_of(scenario), slice(rank * size, (rank + 1) * size))
-        torch.save(result, folder / f"{scenario} {rank}.pt")
-    dist.destroy_process_group()
+def steps() -> dict[str, Result]:
+    """Every scenario on this rank's share of the batch."""
+    size = BATCH // RANKS
+    share = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+    return {scenario: step(inputs_of(scenario), share) for scenario in SCENARIOS}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Result]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.start_processes(rank_main, args=(port, folder), nprocs=RANKS, start_method="spawn")
-    read = partial(torch.load, weights_only=True)
-    yield {scenario: [read(folder / f"{scenario} {rank}.pt") for rank in range(RANKS)] for scenario in SCENARIOS}
+def ranks() -> dict[str, list[Result]]:
+    found = run_ranks(RANKS, steps)
+    return {scenario: [results[scenario] for results in found] for scenario in SCENARIOS}
 
 
 @pytest.fixture(scope="module")

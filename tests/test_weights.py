@@ -138,6 +138,11 @@ def test_other_taps_are_refused_unless_lossy(tmp_path: Path) -> None:
     assert (tmp_path / "ours.pth").exists()
 
 
+def test_fewer_than_six_blocks_are_refused_always(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="6 blocks or more"):
+        weights.write_official(tmp_path / "x.pth", resizable(fresh(replace(NANO, depth=3, taps=(1, 2, 3)))), lossy=True)
+
+
 def test_heads_that_the_tensors_do_not_tell_must_be_given() -> None:
     with pytest.raises(UserError, match="--heads"):
         weights.read(OFFICIAL)
