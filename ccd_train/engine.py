@@ -7,6 +7,7 @@ know of stages.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -156,9 +157,10 @@ class Engine:
         self.stage = int(content.get("zero_optimization", {}).get("stage", 0))
         self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._names = {id(parameter): name for name, parameter in student.named_parameters()}
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=student, optimizer=optimizer, config=content, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its operators
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=student, optimizer=optimizer, config=content, dist_init_required=False
+            )
         if self.stage in (1, 2):
             self._optimizer.check_grad_overflow = True  # DeepSpeed looks in bf16 and fp16 only
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)

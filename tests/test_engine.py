@@ -49,8 +49,7 @@ def stage_file(folder: Path, stage: int, **more: Any) -> str:
 
 
 def steps(run: Run, count: int) -> list[dict[str, float]]:
-    figures = [train_step(run, logged=True)[0] for _ in range(count)]
-    return [{name: value for name, value in step.items() if name != "data_wait"} for step in figures]
+    return [train_step(run, logged=True).figures for _ in range(count)]
 
 
 def several(configs: list[Config], count: int) -> list[tuple[list[dict[str, float]], dict[str, Tensor], Tensor]]:
@@ -159,7 +158,7 @@ def poisoned(config: Config) -> list[tuple[bool, bool, float, int]]:
     for _ in range(3):
         weights = [fragment.master.clone() for fragment in run.engine.fragments]
         teacher, center = run.teacher.state_dict(), run.center.value.clone()
-        figures = train_step(run, logged=False)[0]
+        figures = train_step(run, logged=False).figures
         same = all(torch.equal(f.master, w) for f, w in zip(run.engine.fragments, weights, strict=True))
         untouched = equal(teacher, run.teacher.state_dict()) and torch.equal(center, run.center.value)
         seen.append((same, untouched, figures["skipped_steps"], run.progress.samples))

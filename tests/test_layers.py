@@ -24,7 +24,7 @@ BASE = {
     "errors", "files", "draws", "config", "options", "severities", "schedules", "rates", "geometry", "charset",
     "distributed",
 }  # fmt: skip
-METHOD = {"augment", "photometric", "regions", "losses", "weights", "models", "data"}
+METHOD = {"pictures", "augment", "photometric", "regions", "losses", "weights", "models", "data"}
 RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "run"}
 LAYERS = ("base", "method", "runtime", "verbs")
 
