@@ -24,8 +24,12 @@ CHUNK = 1 << 23  # elements of a [rows, P] chunk: 32 MB in float32
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, 2, H, W] (background, text) against masks [B, H, W] (true or 1 = text)."""
-    return F.cross_entropy(logits.float(), masks.long())
+    """Mean cross-entropy of logits [B, 2, H, W] (background, text) against masks [B, H, W] (true or 1 = text).
+
+    Of two classes only the difference of the logits counts; torch's own over images has no deterministic CUDA kernel.
+    """
+    background, text = logits.float().unbind(dim=1)
+    return F.binary_cross_entropy_with_logits(text - background, masks.float())
 
 
 def distillation_loss(
