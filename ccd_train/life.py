@@ -8,6 +8,7 @@ RUN/outcome.json       how the last life ended: finished, refused, failed, or un
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -24,6 +25,8 @@ from ccd_train.config import Config, identity
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, UserError
 from ccd_train.files import replace_file, write_json
 from ccd_train.options import describe, to_dict
+
+log = logging.getLogger(__name__)
 
 WORDS = {FINISHED: "finished", REFUSED: "refused", FAILED: "failed", UNFINISHED: "unfinished"}
 PACKAGES = ("torch", "deepspeed", "numpy", "opencv-python", "webdataset", "lmdb", "safetensors")
@@ -97,6 +100,8 @@ def claim(run_dir: Path, config: Config, corpus: str, global_batch: int | None) 
                 f"{run_dir} belongs to another run ({differences}); take another --run_dir, "
                 "the run's own settings, or --resume.allow_change"
             )
+        if distributed.rank() == 0:
+            log.warning("going on with changes, as --resume.allow_change says: %s", differences)
     return global_batch
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ccd_train import distributed, draws, pictures
 from ccd_train.config import Config
 from ccd_train.data.batches import Batch
+from ccd_train.engine import read_deepspeed_file
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, TrainingError, UserError
 from ccd_train.geometry import warp_masks
 from ccd_train.life import write_outcome
@@ -206,6 +207,7 @@ def train(run: Run, metrics: Metrics | None) -> bool:
 def live(config: Config) -> tuple[int, str]:
     """One life of a run, from its start or resume to its exit code and a line about it."""
     config.check()
+    read_deepspeed_file(config.deepspeed)  # refused now, not after the corpus was opened
     distributed.initialize(config.distributed.timeout)
     run = begin(config)
     metrics = Metrics(run.run_dir, run.progress.step, run.last_step) if distributed.rank() == 0 else None
