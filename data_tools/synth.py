@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-
-import cv2
-from tqdm import tqdm
 
 from ccd_train.data.records import LmdbWriter
 from ccd_train.data.synthetic import Word, find_fonts, render
 from ccd_train.errors import FINISHED, UserError
+from data_tools.pool import Report, available_cores, run_jobs
+from data_tools.progress import Progress
 
-CHUNK = 32  # words that a process renders between two messages
+CHUNK = 64  # words that a process renders at once
+
+
+@dataclass(frozen=True)
+class Job:
+    """Words `first` … `first + count - 1`."""
+
+    seed: int
+    first: int
+    count: int
+    fonts: tuple[str, ...]
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--masks", action="store_true", help="write the true glyph masks as mask-%%09d (PNG, 0 and 255)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples}: render at least 1 word")
@@ -50,13 +57,9 @@ def synthesize(out: Path, num_samples: int, seed: int, labels: bool, masks: bool
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            LmdbWriter(unfinished) as writer,
-            tqdm(total=num_samples, unit=" words", desc="synth", disable=None) as progress,
-        ):
-            for word in _words(num_samples, seed, fonts, workers):
+        with LmdbWriter(unfinished) as writer, Progress("synth", num_samples, "words") as progress:
+            for word in _words(num_samples, seed, fonts, workers, progress):
                 writer.add(word.image, word.label if labels else None, word.mask if masks else None)
-                progress.update()
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
@@ -65,15 +68,22 @@ def synthesize(out: Path, num_samples: int, seed: int, labels: bool, masks: bool
     print(f"{num_samples} words in {out}")
 
 
-def _words(num_samples: int, seed: int, fonts: Sequence[str], workers: int) -> Iterator[Word]:
+def _words(num_samples: int, seed: int, fonts: tuple[str, ...], workers: int, progress: Progress) -> Iterator[Word]:
     """The words in order, rendered by `workers` processes."""
-    job = partial(_render, seed=seed, fonts=tuple(fonts))
-    if workers < 2:
-        yield from map(job, range(num_samples))
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)) as pool:
-        yield from pool.map(job, range(num_samples), chunksize=CHUNK)
+    jobs = [Job(seed, first, min(CHUNK, num_samples - first), fonts) for first in range(0, num_samples, CHUNK)]
+    finished: dict[int, list[Word]] = {}
+    following = 0
+    with closing(run_jobs(_render, jobs, workers, progress)) as results:
+        for first, words in results:
+            finished[first] = words
+            while following in finished:
+                yield from finished.pop(following)
+                following += CHUNK
 
 
-def _render(index: int, seed: int, fonts: tuple[str, ...]) -> Word:
-    return render(seed, index, fonts)
+def _render(job: Job, done: Report) -> tuple[int, list[Word]]:
+    words = []
+    for index in range(job.first, job.first + job.count):
+        words.append(render(job.seed, index, job.fonts))
+        done(1)
+    return job.first, words

@@ -97,8 +97,12 @@ def test_an_interrupted_run_leaves_no_lmdb_that_looks_whole(tmp_path: Path) -> N
     while not unfinished.exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+    workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they die with their parent
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not (tmp_path / "words").exists()
     synth.main(["--out", str(tmp_path / "words"), "--num-samples", "3", "--workers", "1"])
     with LmdbReader(tmp_path / "words") as reader:
