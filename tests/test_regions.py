@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,10 +16,13 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.nn import functional as F
 
+from ccd_train.data.masks import decode_rgb, pseudo_mask, resize_mask
+from ccd_train.data.records import LmdbReader
 from ccd_train.geometry import Affine, sample_theta
 from ccd_train.regions import MIN_PIXELS, ROUNDS, SLOTS, components, label_regions, pool, warp_regions
 
 HEIGHT, WIDTH = 32, 128
+PHOTOGRAPHED = Path(__file__).parents[2] / "shared" / "real" / "iiit5k_train"
 Generator = np.random.Generator
 Array = np.ndarray
 
@@ -135,6 +139,16 @@ def test_regions_are_opencvs_components(kind: Callable[[Generator], Array]) -> N
     masks = draw(kind, 400, seed=1)
     assert_as_reference(masks)
     assert label_regions(masks).any(), "a kind of mask without any region proves nothing"
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not PHOTOGRAPHED.exists(), reason="needs real words beside the checkout")
+def test_regions_of_photographed_words() -> None:
+    with LmdbReader(PHOTOGRAPHED) as reader:
+        images = [decode_rgb(reader.image(number) or b"") for number in range(1, 401)]
+    masks = torch.from_numpy(np.stack([resize_mask(pseudo_mask(image)) for image in images])).bool()
+    assert_as_reference(masks)
+    assert torch.equal(components(masks, ROUNDS - 3), components(masks, 4 * ROUNDS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
