@@ -157,6 +157,40 @@ def test_three_rounds_are_to_spare(kind: Callable[[Generator], Array]) -> None:
     assert torch.equal(components(masks, ROUNDS - 3), components(masks, 4 * ROUNDS))
 
 
+@pytest.mark.slow
+def test_climbing_towards_more_rounds_finds_no_mask_that_needs_more_than_seven() -> None:
+    """From the worst kinds on, random changes are kept if the labels settle later, or as late but for more pixels.
+
+    (Four minutes of the same on combs, and eight on all kinds, ended at seven rounds too.)
+    """
+    random = np.random.default_rng(0)
+    masks = torch.cat([draw(kind, 12, seed=7) for kind in (comb, maze, threshold_noise, spiral)])
+    unsettled = lateness(masks)
+    for _ in range(60):
+        changed = masks.clone()
+        for mask in changed:
+            for _ in range(int(random.integers(1, 8))):
+                y, x = int(random.integers(HEIGHT)), int(random.integers(WIDTH))
+                mask[y, x] = ~mask[y, x]
+            if random.random() < 0.3:
+                x, other = int(random.integers(WIDTH)), int(random.integers(len(masks)))
+                mask[:, x:] = masks[other, :, x:]
+        found = lateness(changed)
+        better = found >= unsettled
+        masks[better], unsettled[better] = changed[better], found[better]
+    assert torch.equal(components(masks, ROUNDS - 3), components(masks, 4 * ROUNDS))
+    assert unsettled.max() > 6 * HEIGHT * WIDTH, "the climb must reach masks that six rounds do not settle"
+
+
+def lateness(masks: Tensor) -> Tensor:
+    """The last round after which some label is still wrong, and as fractions of a round the number of such pixels."""
+    settled, late = components(masks, 4 * ROUNDS), torch.zeros(len(masks), dtype=torch.long)
+    for rounds in range(3, ROUNDS + 1):
+        wrong = (components(masks, rounds) != settled).flatten(1).sum(dim=1)
+        late = torch.where(wrong > 0, rounds * HEIGHT * WIDTH + wrong, late)
+    return late
+
+
 @settings(max_examples=200, deadline=None)
 @given(arrays(np.bool_, (8, 16)))
 def test_small_blocks_drawn_by_hypothesis(block: Array) -> None:
