@@ -9,7 +9,7 @@ import pytest
 from ccd_train.config import Config
 from ccd_train.errors import UserError
 from ccd_train.options import from_dict, parse, to_dict
-from ccd_train.severities import CHAINS, RANGES, Augment
+from ccd_train.severities import CHAINS, RANGES, RESIZED, Augment
 
 
 def test_severity_5_is_the_default_and_has_the_official_constants() -> None:
@@ -23,13 +23,13 @@ def test_severity_5_is_the_default_and_has_the_official_constants() -> None:
     sharpness = chain.groups[2].operations
     assert sharpness["sharpen"] == 0.5 and sharpness["gaussian_blur"] == pytest.approx(0.1)
     assert sum(sharpness[f"median_blur_{size}"] for size in (3, 5, 7)) == pytest.approx(0.1)
-    assert chain.range("gaussian_noise.scale") == (0, 51) and chain.range("jpeg.compression") == (70, 99)
+    assert chain.range("gaussian_noise.scale") == (0, pytest.approx(51 * RESIZED)) and chain.range("jpeg.compression") == (70, 99)
 
 
 def test_severities_differ_where_the_official_ones_do() -> None:
     assert CHAINS["severity_1"].range("invert.probability") == (0.5, 0.5)
     assert CHAINS["severity_3"].range("invert.probability") == (0.1, 0.1)
-    assert CHAINS["severity_4"].range("gaussian_noise.scale") == (0, 25.5)
+    assert CHAINS["severity_4"].range("gaussian_noise.scale") == (0, 25.5 * RESIZED)
     assert CHAINS["severity_4"].identity == 0.2
     assert len(CHAINS["severity_6"].groups[0].operations) == 17
     finetune = {name: CHAINS[name] for name in ("finetune_small", "finetune_base")}

@@ -15,9 +15,10 @@ from ccd_train.photometric.blur import separable
 from ccd_train.photometric.noise import salt_grey
 from ccd_train.photometric.tables import waves
 
-ROWS, COLUMNS = 3, 8  # frequencies of the smooth noise: 0 … 2 periods per height, 0 … 7 per width
+ROWS, COLUMNS = 6, 24  # frequencies of the smooth noise: 0 … 5 periods per height, 0 … 23 per width
 WAVES = 2 * ROWS * 2 * COLUMNS  # draws that one field of smooth noise takes: one per wave
-SCALE = 512  # of the whole numbers that smooth noise is summed in
+SCALE = 1024  # of the whole numbers that smooth noise is summed in
+SOFTNESS = 0.52  # of the middle of a flake that is as small as a pixel
 SNOW_REACH = 6  # longest smear of a snowflake
 RAIN_REACH = 38  # longest smear of a drop: 0.3 of the width
 RAIN_COLOR = 240.0
@@ -28,7 +29,7 @@ def smooth(images: Tensor, draws: Tensor, exponents: tuple[Tensor, ...]) -> tupl
 
     draws: [B, fields · WAVES] in [0, 1). A field is a sum of products of a cosine or sine of v periods per height and
     one of u periods per width, of strength r f^exponent, r from ±1, f² = u² + v². Strengths and waves are whole
-    multiples of 1/512: sums stay below 2²⁴, and matrix products in any order give the same bits.
+    multiples of 1/1024: sums stay below 2²⁴, and matrix products in any order give the same bits.
     """
     height, width = images.shape[-2:]
     v = torch.arange(2 * ROWS, device=images.device) // 2
@@ -98,7 +99,7 @@ def snow(
     specks = _specks(images, seeds, density * (1 - size).square() * _layers(layers), SNOW_REACH)
     side = (-0.5 / (0.3 + size).view(-1, 1).double().square()).exp()
     weights = torch.cat([side, torch.ones_like(side), side], dim=1).to(images.dtype)
-    flakes = separable(specks, weights).clamp_(max=1)
+    flakes = separable(specks, weights).clamp_(max=1).mul_(SOFTNESS * (1 + size))
     flakes = _smeared(flakes, (speed * width).floor().clamp(1, SNOW_REACH), slant, images.shape[2])
     uneven = (2 * (1 - uniformity)).clamp(max=1)
     flakes = flakes.square().mul_(uneven).addcmul_(flakes, 1 - uneven).mul_((1 + 2.5 * uneven) * 255)

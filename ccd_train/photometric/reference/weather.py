@@ -12,7 +12,7 @@ from ccd_train.photometric.reference.noise import Draw, Image, salt_grey
 
 __all__ = ["clouds", "fog", "rain", "snow"]
 
-ROWS, COLUMNS = 3, 8
+ROWS, COLUMNS = 6, 24
 WAVES = 4 * ROWS * COLUMNS
 
 
@@ -97,7 +97,7 @@ def snow(
     specks = _specks(image, draw, density * (1 - size) ** 2 * (int(layers * 3) + 1), 6)
     side = math.exp(-0.5 / (0.3 + size) ** 2)
     weights = np.array([side, 1, side], np.float32)
-    flakes = np.minimum(cv2.sepFilter2D(specks, -1, weights, weights), 1)
+    flakes = 0.52 * (1 + size) * np.minimum(cv2.sepFilter2D(specks, -1, weights, weights), 1)
     flakes = _smeared(flakes, min(max(int(speed * width), 1), 6), slant, height)
     uneven = min(2 * (1 - uniformity), 1)
     flakes = 255 * (1 + 2.5 * uneven) * (uneven * flakes**2 + (1 - uneven) * flakes)
