@@ -9,6 +9,7 @@ life begins (job, requeues so far, step, the outcome that lay there) and one whe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -28,22 +29,39 @@ def newest_step(run_dir: Path) -> int:
 
 
 def read_lives(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of lives.jsonl; a torn last one is left out."""
+    """The lines of lives.jsonl; one that a power cut tore is left out."""
+    lives = []
     try:
-        lines = (run_dir / "lives.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (run_dir / "lives.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            lives.append(json.loads(line))
+    return lives
 
 
 def hopeless(lives: list[dict[str, Any]], step: int, max_requeues: int) -> str | None:
-    """Why another life would get nowhere, or None: two in a row made no progress, or the cap is reached."""
-    begun = [life for life in lives if life["event"] == "begin"]
+    """Why another life would get nowhere, or None: two in a row made no progress, or the cap is reached.
+
+    Only lives that nobody asked for anew count: those of this job, and of the jobs that it was to follow in a chain.
+    """
+    begun = [life for life in lives if life["event"] == "begin" and life["first"] == first_job(lives)]
     if [life["step"] for life in begun[-2:]] == [step, step]:
         return f"two lives in a row ended at step {step}, where they began; look at the log of job {begun[-1]['job']}"
     if requeues() > max_requeues:
         return f"started again {requeues() - 1} times, which is the cap; raise max_requeues in the script to go on"
     return None
+
+
+def first_job(lives: list[dict[str, Any]]) -> str:
+    """The first job of the chain (`--dependency`) that this one belongs to; itself where there is none."""
+    return next((str(life["first"]) for life in lives if life["job"] == job_before()), _job())
+
+
+def job_before() -> str:
+    """The job that this one was to follow; empty where there is none."""
+    return os.environ.get("SLURM_JOB_DEPENDENCY", "").rpartition(":")[2]
 
 
 def requeues() -> int:
@@ -52,9 +70,8 @@ def requeues() -> int:
 
 
 def failed_before(lives: list[dict[str, Any]]) -> int | None:
-    """The exit code of the job that this one was to follow (`--dependency`), if that failed on its own error."""
-    before = os.environ.get("SLURM_JOB_DEPENDENCY", "").rpartition(":")[2]
-    codes = [life["code"] for life in lives if life["event"] == "end" and life["job"] == before]
+    """The exit code of the job that this one was to follow, if that failed on its own error."""
+    codes = [life["code"] for life in lives if life["event"] == "end" and life["job"] == job_before()]
     return codes[-1] if codes and codes[-1] in (REFUSED, FAILED) else None
 
 
@@ -63,7 +80,7 @@ def begin(run_dir: Path, max_requeues: int) -> int:
     lives, step = read_lives(run_dir), newest_step(run_dir)
     reason = hopeless(lives, step, max_requeues)
     failed = failed_before(lives)
-    _note(run_dir, "begin", step=step, outcome=outcome_identity(run_dir))
+    _note(run_dir, "begin", step=step, first=first_job(lives), outcome=outcome_identity(run_dir))
     if reason or failed:
         code = failed or FAILED
         _note(run_dir, "end", code=code, step=step)
@@ -101,7 +118,7 @@ def main(argv: list[str]) -> int:
 def _note(run_dir: Path, event: str, **values: Any) -> None:
     line = {"event": event, "job": _job(), "requeues": requeues()} | values
     with (run_dir / "lives.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(f"{json.dumps(line)}\n")
 
 
 def _job() -> str:

@@ -39,6 +39,7 @@ class Job:
         """Writes the script into its folder and submits it there; returns the job's number."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / self.name).write_text(self.text, encoding="utf-8")
+        slurm.sbatch(self.folder, ["--test-only", self.name])  # a job that can never start is refused, not queued
         return slurm.sbatch(self.folder, [*options, self.name])
 
 
