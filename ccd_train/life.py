@@ -135,8 +135,16 @@ def environment(hosts: list[str]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def write_outcome(run_dir: Path | None, code: int, message: str) -> None:
-    """Says in RUN/outcome.json how this life ended, for launchers: torchrun hides exit codes (rank 0)."""
-    if distributed.rank() == 0 and run_dir is not None and run_dir.is_dir() and os.access(run_dir, os.W_OK):
+def write_outcome(run_dir: Path | None, code: int, message: str, mine: bool = True) -> None:
+    """Says in RUN/outcome.json how this life ended, for launchers: torchrun hides exit codes.
+
+    An end that concerns all is written by rank 0. One that this rank met alone is not `mine` to decide if another
+    rank has said already what went wrong.
+    """
+    if run_dir is None or not run_dir.is_dir() or not os.access(run_dir, os.W_OK):
+        return
+    if not mine and (run_dir / "outcome.json").exists():
+        return
+    if distributed.rank() == 0 or not mine or code == FAILED:
         values: dict[str, Any] = {"outcome": WORDS[code], "code": code, "message": message, "time": time.time()}
         write_json(run_dir / "outcome.json", values)

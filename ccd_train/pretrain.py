@@ -33,6 +33,7 @@ from ccd_train.options import parse
 from ccd_train.pictures import Seen
 from ccd_train.rates import Rates
 from ccd_train.run import Run, begin
+from ccd_train.watch import lost_in
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
 
 def train_step(run: Run, logged: bool) -> Step:
     """One step on the next global batch, with a few figures more where it is `logged`."""
-    config, engine, center = run.config, run.engine, run.center
+    config, engine, center, step = run.config, run.engine, run.center, run.progress.step + 1
     now, waited, sample_ids, statistics = run.rates(), 0.0, [], {}
     if now.prototypes_thaw:
         engine.forget_prototype_moments()
@@ -101,16 +102,20 @@ def train_step(run: Run, logged: bool) -> Step:
     sums = torch.zeros(5, device=distributed.device())
     for micro_step in range(run.accumulation):
         began = time.monotonic()
+        run.watch.at(step, "data")
         batch = next(run.batches)
         waited += time.monotonic() - began
         sample_ids.append(batch.sample_ids)
+        run.watch.at(step, "forward")
         losses = losses_of(run, batch, now)
+        run.watch.at(step, "backward")
         last = micro_step == run.accumulation - 1
         engine.backward(losses.distillation + config.distillation.segmentation_weight * losses.segmentation, last)
         if logged and last:
             statistics = teacher_statistics(losses.targets, center.value, config.distillation.teacher_temperature)
         center.update(losses.targets, now.center_momentum)
         sums[:3] += torch.stack([losses.distillation.detach(), losses.segmentation.detach(), losses.characters])
+    run.watch.at(step, "update")
     norms = engine.gradient_norms()
     sums[3], sums[4] = norms.square().sum(), run.stop.wanted()
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
@@ -216,6 +221,16 @@ def live(config: Config) -> tuple[int, str]:
             return FINISHED, f"{run.progress.step} steps, {run.progress.position} samples; the run is in {run.run_dir}"
         reason = f"{run.stop.reason()}: saved after step {run.progress.step} of {run.last_step}"
         return UNFINISHED, f"{reason}; start the same command again to go on"
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        raise TrainingError(
+            f"rank {distributed.rank()}: out of GPU memory in step {run.progress.step + 1} (peak {peak:.1f} GiB); "
+            "lower --train.micro_batch_size, or use --train.activation_checkpointing"
+        ) from None
+    except RuntimeError as error:
+        if lost_in(error):
+            run.watch.lost()  # does not return
+        raise
     finally:
         run.close()
         if metrics is not None:
@@ -232,7 +247,7 @@ def main(argv: list[str]) -> int:
     except TrainingError as error:
         code, message = FAILED, str(error)
     write_outcome(config.run_dir, code, message)
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 or code == FAILED:
         word = {FINISHED: "finished", UNFINISHED: "unfinished", REFUSED: "error", FAILED: "failed"}[code]
         log.log(logging.INFO if code in (FINISHED, UNFINISHED) else logging.ERROR, "%s: %s", word, message)
     distributed.finalize()

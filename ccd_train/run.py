@@ -16,12 +16,13 @@ from ccd_train.data.loader import Batches, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.ema import Teacher
 from ccd_train.engine import Engine
-from ccd_train.errors import TrainingError, UserError
-from ccd_train.life import Stop, claim, describe_run, open_run_dir
+from ccd_train.errors import UNFINISHED, TrainingError, UserError
+from ccd_train.life import Stop, claim, describe_run, open_run_dir, write_outcome
 from ccd_train.losses import Center
 from ccd_train.models import ccd
 from ccd_train.options import to_dict
 from ccd_train.rates import Rates, rates
+from ccd_train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Run:
     batches: Batches
     progress: Progress
     stop: Stop
+    watch: Watch
     failed_saves: int = field(default=0)
 
     @property
@@ -73,6 +75,7 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint (all ranks together); goes on where that fails, but not for ever."""
         config, state = self.config, self.progress
+        self.watch.at(state.step, "save")
         began = self.stop.clock()
         description = {
             **asdict(state),
@@ -96,6 +99,7 @@ class Run:
             raise TrainingError(f"{self.failed_saves} checkpoints in a row could not be written, the last: {problem}")
 
     def close(self) -> None:
+        self.watch.close()
         self.batches.close()
 
 
@@ -144,9 +148,11 @@ def begin(config: Config) -> Run:
         stage_gb=config.data.stage_gb,
     )
     augmentation = Augmentation(config.augment, config.affine)
+    watch = Watch(config.distributed.timeout, lambda message: write_outcome(run_dir, UNFINISHED, message, mine=False))
     return Run(
-        config, run_dir, corpus, global_batch, last_step, engine, teacher, center, augmentation, batches, progress, stop
-    )
+        config, run_dir, corpus, global_batch, last_step, engine, teacher, center, augmentation, batches, progress,
+        stop, watch,
+    )  # fmt: skip
 
 
 def use_threads(config: Config) -> None:

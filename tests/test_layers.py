@@ -25,7 +25,7 @@ BASE = {
     "distributed",
 }  # fmt: skip
 METHOD = {"pictures", "augment", "photometric", "regions", "losses", "weights", "models", "data"}
-RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "run"}
+RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "watch", "run"}
 LAYERS = ("base", "method", "runtime", "verbs")
 
 
