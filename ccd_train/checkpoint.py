@@ -28,11 +28,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ccd_train import distributed
+from ccd_train import distributed, weights
+from ccd_train.config import Config
 from ccd_train.ema import Teacher
 from ccd_train.engine import Engine
+from ccd_train.errors import UserError
 from ccd_train.files import Digest, digest, replace_file, sync_folder, write_file
 from ccd_train.losses import Center
+from ccd_train.options import from_dict
+from ccd_train.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +53,14 @@ def save(run_dir: Path, engine: Engine, teacher: Teacher, center: Center, state:
     if error:
         return error
     written, failure = engine.save(folder, temporary.name)
-    weights = teacher.state_dict() | {CENTER: center.value.cpu()}
+    tensors = teacher.state_dict() | {CENTER: center.value.cpu()}
     layout = distributed.gather_objects(
         [(f.name, f.start, len(f.master), f.flat, f.flat_start) for f in engine.fragments]
     )
     if distributed.rank() == 0 and failure is None:
         try:
             written["teacher.safetensors"] = write_file(
-                temporary / "teacher.safetensors", safetensors.torch.save(weights)
+                temporary / "teacher.safetensors", safetensors.torch.save(tensors)
             )
             written["state.json"] = write_file(temporary / "state.json", json.dumps(state, indent=2).encode())
             written["layout.json"] = write_file(temporary / "layout.json", json.dumps(layout).encode())
@@ -98,9 +102,9 @@ def load(checkpoint: Path, engine: Engine, teacher: Teacher, center: Center) -> 
     else:
         whole, module = read_whole(checkpoint)
         engine.load_whole(whole, module, state["loss_scale"])
-    weights = safetensors.torch.load_file(checkpoint / "teacher.safetensors")
-    center.value.copy_(weights.pop(CENTER))
-    teacher.load_state_dict(weights)
+    tensors = safetensors.torch.load_file(checkpoint / "teacher.safetensors")
+    center.value.copy_(tensors.pop(CENTER))
+    teacher.load_state_dict(tensors)
     return state
 
 
@@ -114,6 +118,23 @@ def read_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         shape = module[name].shape if module[name].numel() else teacher[name].shape
         student[name] = parts["fp32"].view(shape)
     return {"teacher": teacher, "student": student}
+
+
+def open_weights(path: Path, heads: int | None = None) -> Weights:
+    """Weights from a run folder (newest complete checkpoint), a checkpoint folder, an export or an official .pth.
+
+    Raises UserError for anything else, and for files that do not fit together.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a run folder, an export, or an official .pth")
+    if (path / "checkpoints").is_dir():
+        found = newest(path)
+        if found is None:
+            raise UserError(f"{path}: this run has no complete checkpoint yet; let it write one")
+        path = found
+    if (path / COMPLETE).is_file():
+        return _of_checkpoint(path)
+    return weights.read(path, heads)
 
 
 def read_whole(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -207,6 +228,16 @@ def _on_rank_0(work: Callable[[], None]) -> str | None:
         except OSError as problem:
             error = str(problem)
     return distributed.broadcast_object(error)  # type: ignore[no-any-return]
+
+
+def _of_checkpoint(path: Path) -> Weights:
+    state = read_state(path)
+    model = from_dict(Config, state["settings"], str(path / "state.json")).model
+    networks = read_weights(path)
+    teacher, student = (
+        {name: tensor.detach() for name, tensor in networks[network].items()} for network in ("teacher", "student")
+    )
+    return Weights(model, teacher, student, str(path))
 
 
 def _optimizer_of(

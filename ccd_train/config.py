@@ -15,7 +15,7 @@ from ccd_train.geometry import Affine
 from ccd_train.severities import Augment
 
 # A run keeps its identity when these change between its lives; the corpus counts by its hash, not by its path.
-CHANGEABLE = {"run_dir", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
+CHANGEABLE = {"run_dir", "init", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
 CHANGEABLE |= {"data.exclude", "data.max_damaged", "data.stage", "data.stage_gb"}
 CHANGEABLE |= {"train.micro_batch_size", "train.threads"}
 CHANGEABLE_SECTIONS = ("log.", "probe.", "checkpoint.", "resume.", "distributed.")
@@ -275,6 +275,8 @@ class Config:
     """Seed of the order of samples, the views, stochastic depth and the initial weights."""
     deepspeed: str | None = None
     """A file of ds_configs/ by name, or a path; None: zero1_bf16 on GPUs, zero1_fp32 on CPUs."""
+    init: Path | None = None
+    """Weights to start from: a run folder, an export or an official .pth; a run that goes on ignores it."""
     max_steps: int | None = None
     """Stop after this step, counted from the run's beginning; the schedules stay as they are."""
     max_minutes: float | None = None

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ccd_train import distributed
 from ccd_train.engine import Engine
+from ccd_train.models import ccd
 
 
 class Teacher:
     """Keeps `network` at the average of the student's masters; their parameters bear the same names."""
 
-    def __init__(self, engine: Engine, network: nn.Module) -> None:
+    def __init__(self, engine: Engine, network: ccd.Teacher) -> None:
         """`network` has the student's weights; it is cast to the student's type and moved to this rank's device."""
         self.network = network.to(distributed.device(), engine.dtype)
         parameters = dict(self.network.named_parameters())
@@ -47,7 +48,7 @@ class Teacher:
         torch._foreach_lerp_(self._averages, self._masters, 1.0 - momentum)
         self._send()
 
-    def ready(self) -> nn.Module:
+    def ready(self) -> ccd.Teacher:
         """The network with its newest weights; waits for the all-gather."""
         if self._gather is not None:
             self._gather.wait()

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ccd_train import checkpoint, weights
-from ccd_train.config import Config, require
+from ccd_train.config import require
 from ccd_train.errors import UserError
-from ccd_train.options import from_dict, parse
-from ccd_train.weights import Weights
+from ccd_train.options import parse
 
 RECIPE = ("augment", "affine", "distillation", "optimizer")  # sections that go with exported weights
 
@@ -42,23 +41,6 @@ class Export:
             raise UserError(f"--weights {self.weights} is not a run folder: say where to write with --out")
 
 
-def open_weights(path: Path, heads: int | None = None) -> Weights:
-    """Weights from a run folder (newest complete checkpoint), a checkpoint folder, an export or an official .pth.
-
-    Raises UserError for anything else, and for files that do not fit together.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a run folder, an export, or an official .pth")
-    if (path / "checkpoints").is_dir():
-        newest = checkpoint.newest(path)
-        if newest is None:
-            raise UserError(f"{path}: this run has no complete checkpoint yet; let it write one")
-        path = newest
-    if (path / checkpoint.COMPLETE).is_file():
-        return _of_checkpoint(path)
-    return weights.read(path, heads)
-
-
 def about(path: Path) -> dict[str, Any]:
     """Where in its run a checkpoint stands, and the recipe, without a path; empty for weights that are not a run's."""
     found = checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
@@ -69,21 +51,11 @@ def about(path: Path) -> dict[str, Any]:
     return {name: state[name] for name in ("step", "samples", "seed", "corpus", "global_batch_size")} | recipe
 
 
-def _of_checkpoint(path: Path) -> Weights:
-    state = checkpoint.read_state(path)
-    model = from_dict(Config, state["settings"], str(path / "state.json")).model
-    networks = checkpoint.read_weights(path)
-    teacher, student = (
-        {name: tensor.detach() for name, tensor in networks[network].items()} for network in ("teacher", "student")
-    )
-    return Weights(model, teacher, student, str(path))
-
-
 def main(argv: list[str]) -> int:
     options = parse(Export, argv, "ccd-train export")
     options.check()
     assert options.weights is not None
-    found = open_weights(options.weights, options.heads)
+    found = checkpoint.open_weights(options.weights, options.heads)
     out = options.out or options.weights / "export"
     if out.suffix in (".pth", ".pt"):
         residual = weights.write_official(out, found, options.lossy)

@@ -31,6 +31,7 @@ from ccd_train.metrics import Metrics
 from ccd_train.models.ccd import StudentOutput
 from ccd_train.options import parse
 from ccd_train.pictures import Seen
+from ccd_train.probe import Words, probe, read_words
 from ccd_train.rates import Rates
 from ccd_train.run import Run, begin
 from ccd_train.watch import lost_in
@@ -186,6 +187,7 @@ def train(run: Run, metrics: Metrics | None) -> bool:
     """Steps until the end of the run (True), or until a rank was asked to stop (False)."""
     config, progress = run.config, run.progress
     began, waited, steps = time.monotonic(), 0.0, 0
+    words = read_words(config.probe.data, config.probe.words) if metrics and config.probe.every_steps else None
     while progress.step < run.last_step:
         coming = progress.step + 1
         logged = coming % config.log.every_steps == 0 or coming == run.last_step
@@ -196,7 +198,7 @@ def train(run: Run, metrics: Metrics | None) -> bool:
             if logged:
                 seconds = time.monotonic() - began
                 rate = {"samples_per_second": steps * run.global_batch / seconds, "data_wait": waited / seconds}
-                metrics.write(step.figures | rate)
+                metrics.write(step.figures | rate | probed(run, words))
             if config.log.pictures_every_steps and (coming == 1 or coming % config.log.pictures_every_steps == 0):
                 metrics.picture("step", pictures.draw(step.seen), coming)
         if logged:
@@ -207,6 +209,14 @@ def train(run: Run, metrics: Metrics | None) -> bool:
         if step.stop and not finished:
             return False
     return True
+
+
+def probed(run: Run, words: Words | None) -> dict[str, float]:
+    """The probe's figures, in the steps in which it is due."""
+    if words is None or run.progress.step % run.config.probe.every_steps:
+        return {}
+    score = probe(run.teacher.ready().vit, words)
+    return {"probe_linear": score.linear, "probe_knn": score.knn, "probe_chance": score.chance}
 
 
 def live(config: Config) -> tuple[int, str]:

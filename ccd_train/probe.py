@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from ccd_train import distributed
 from ccd_train.augment import normalize
+from ccd_train.checkpoint import open_weights
 from ccd_train.config import require
 from ccd_train.data.masks import UndecodableImage, decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.data.records import LmdbReader, find_lmdbs
 from ccd_train.errors import UserError
-from ccd_train.export import open_weights
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.models.vit import VisionTransformer
 from ccd_train.options import parse

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ccd_train import checkpoint, distributed
+from ccd_train import checkpoint, distributed, weights
 from ccd_train.augment import Augmentation
 from ccd_train.config import Config
 from ccd_train.data.loader import Batches, loader, sample_order
@@ -120,8 +120,11 @@ def begin(config: Config) -> Run:
     torch.manual_seed(config.seed)
     student = ccd.Student(config.model, config.train.activation_checkpointing).to(distributed.device())
     network = ccd.Teacher(config.model)
-    weights = student.state_dict()
-    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    if found is None and config.init is not None:
+        with distributed.together():
+            start_from(config.init, config, student)
+    shared = student.state_dict()
+    network.load_state_dict({name: shared[name] for name in network.state_dict()})
     accumulation = global_batch // (config.train.micro_batch_size * distributed.world_size())
     engine = Engine(student, config, accumulation)
     teacher = Teacher(engine, network)
@@ -153,6 +156,18 @@ def begin(config: Config) -> Run:
         config, run_dir, corpus, global_batch, last_step, engine, teacher, center, augmentation, batches, progress,
         stop, watch,
     )  # fmt: skip
+
+
+def start_from(path: Path, config: Config, student: ccd.Student) -> None:
+    """Gives a new run the student's weights of another one; UserError where the networks differ."""
+    found = checkpoint.open_weights(path, config.model.heads)
+    mine, theirs = to_dict(config.model), to_dict(found.model)
+    differences = [f"model.{name}: {theirs[name]} → {mine[name]}" for name in mine if mine[name] != theirs[name]]
+    # a path through the network and what stochastic depth leaves out of it are no matter of its weights
+    differences = [text for text in differences if not text.startswith(("model.drop_path", "model.freeze_gain"))]
+    if differences:
+        raise UserError(f"--init {path}: another network ({', '.join(differences)}); give the model's own settings")
+    weights.load(student, found.student, found.origin)
 
 
 def use_threads(config: Config) -> None:

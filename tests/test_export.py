@@ -58,8 +58,8 @@ def test_without_a_place_it_goes_into_the_run_folder(run_dir: Path) -> None:
 
 
 def test_an_older_checkpoint_can_be_named(run_dir: Path) -> None:
-    older = export.open_weights(run_dir / "checkpoints" / "step_00000002")
-    newer = export.open_weights(run_dir)
+    older = checkpoint.open_weights(run_dir / "checkpoints" / "step_00000002")
+    newer = checkpoint.open_weights(run_dir)
     assert older.model == newer.model
     assert not torch.equal(older.student["vit.norm.weight"], newer.student["vit.norm.weight"])
     assert newer.teacher.keys() < newer.student.keys()
@@ -70,7 +70,7 @@ def test_a_run_goes_out_in_the_official_layout_and_comes_back(run_dir: Path, tmp
     with pytest.raises(UserError, match="--lossy"):
         export.main(["--weights", str(run_dir), "--out", str(path)])
     assert export.main(["--weights", str(run_dir), "--out", str(path), "--lossy"]) == 0
-    back, run = weights.read(path, heads=2), export.open_weights(run_dir)
+    back, run = weights.read(path, heads=2), checkpoint.open_weights(run_dir)
     for name, tensor in run.teacher.items():
         if name != weights.EMBEDDING:
             assert torch.equal(back.teacher[name], tensor), name
@@ -87,4 +87,4 @@ def test_a_run_is_probed(run_dir: Path, tiny: Tiny, capsys: pytest.CaptureFixtur
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        export.open_weights(tmp_path)
+        checkpoint.open_weights(tmp_path)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import Tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -127,3 +128,23 @@ def test_a_port_in_use_is_one_line(tiny: Tiny, recipe: str, tmp_path: Path) -> N
 def test_half_an_environment_is_one_line(tiny: Tiny, recipe: str, tmp_path: Path) -> None:
     good = ["--config", recipe, "--run_dir", str(tmp_path / "run"), "--data.shards", str(tiny.shards)]
     assert "MASTER_ADDR, MASTER_PORT not set" in refused(pretrain(*good, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0"))
+
+
+def test_init_starts_from_the_weights_of_another_run(tiny: Tiny, recipe: str, run: Path, tmp_path: Path) -> None:
+    """The first step of a warm-up has a learning rate of 0, so the weights saved after it are those of the start."""
+    new = tmp_path / "new"
+    arguments = ["--config", recipe, "--run_dir", str(new), "--data.shards", str(tiny.shards), "--max-steps", "1"]
+    arguments += ["--probe.every_steps", "1", "--probe.data", str(tiny.lmdb), "--probe.words", "120"]
+    result = pretrain(*arguments, "--init", str(run), "--optimizer.freeze_last_layer_samples", "0")
+    assert result.returncode == 0, result.stderr
+    mine, theirs = (checkpoint.read_weights(found) for found in map(checkpoint.newest, (new, run)) if found)
+    trained = [name for name in theirs["student"] if "running" not in name]
+    assert all(torch.equal(mine["student"][name], theirs["student"][name]) for name in trained)
+    (line,) = (new / "metrics.jsonl").read_text().splitlines()
+    assert 0 <= json.loads(line)["probe_linear"] <= 1 and json.loads(line)["probe_chance"] > 0
+
+
+def test_init_from_another_network_is_one_line(tiny: Tiny, recipe: str, run: Path, tmp_path: Path) -> None:
+    arguments = ["--config", recipe, "--run_dir", str(tmp_path / "new"), "--data.shards", str(tiny.shards)]
+    line = refused(pretrain(*arguments, "--init", str(run), "--model.prototypes", "48"))
+    assert "model.prototypes: 32 → 48" in line

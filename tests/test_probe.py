@@ -12,7 +12,7 @@ import torch
 from conftest import Tiny
 from torch import Tensor
 
-from ccd_train import export, probe
+from ccd_train import checkpoint, export, probe
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
 from ccd_train.models.vit import VisionTransformer
@@ -152,7 +152,7 @@ def test_export_needs_no_run_to_be_opened_by_the_probe(tmp_path: Path) -> None:
     words = painted(told=True)
     scores = []
     for path, heads in ((OFFICIAL, 2), (tmp_path, None)):
-        found = export.open_weights(path, heads)
+        found = checkpoint.open_weights(path, heads)
         network = probe.Teacher(found.model)
         probe.load(network, found.teacher, found.origin)
         scores.append(probe.probe(network.vit, words))
