@@ -133,6 +133,8 @@ def begin(config: Config) -> Run:
     if found is not None:
         state = checkpoint.load(found, engine, teacher, center)
         progress = Progress(**{name: state[name] for name in asdict(progress)})
+    if distributed.rank() == 0:
+        log.info("going on from %s", found) if found else log.info("starting from the beginning")
     steps = -(-config.train.total_samples // global_batch)
     last_step = steps if config.max_steps is None else min(steps, config.max_steps)
     batches = loader(
@@ -198,6 +200,4 @@ def find(run_dir: Path, config: Config) -> Path | None:
         raise UserError(f"--resume.mode must: no complete checkpoint in {run_dir}; check --run_dir, or drop the option")
     if found is not None and mode == "never":
         raise UserError(f"--resume.mode never: {run_dir} has a checkpoint ({found.name}); take another --run_dir")
-    if distributed.rank() == 0:
-        log.info("starting from the beginning" if found is None else "going on from %s", *([found] if found else []))
     return found
