@@ -7,7 +7,7 @@ set -euo pipefail
 lmdb=${1:+$(realpath -- "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/set_up.sh
-STEPS=120
+STEPS=${STEPS:-120}
 
 once() {  # once FOLDER COMMAND… : runs the command with `--out FOLDER`, unless the folder is there; complete or not there
     [ -d "$1" ] && return

@@ -22,7 +22,7 @@ def directive(option: str, value: str | None) -> str:
     return f'#SBATCH --{option}="{escaped}"'
 
 
-def render(template: str, options: Sequence[tuple[str, str | None]], lines: Mapping[str, str]) -> str:
+def render(template: str, options: Mapping[str, str | None], lines: Mapping[str, str]) -> str:
     """The template with other `#SBATCH` lines, and with other assignments.
 
     `lines` maps the beginning of a line of the template, such as "hook()", to the line that takes its place.
@@ -31,7 +31,7 @@ def render(template: str, options: Sequence[tuple[str, str | None]], lines: Mapp
     rows = text.splitlines()
     first = next(index for index, row in enumerate(rows) if row.startswith("#SBATCH"))
     rows = [row for row in rows if not row.startswith("#SBATCH")]
-    rows[first:first] = [directive(option, value) for option, value in options]
+    rows[first:first] = [directive(option, value) for option, value in options.items()]
     for beginning, line in lines.items():
         places = [index for index, row in enumerate(rows) if row.startswith(beginning)]
         assert len(places) == 1, f"{template}: {len(places)} lines begin with {beginning!r}"

@@ -36,13 +36,13 @@ install() {  # install EXTRA: torch first and pinned, so that pip draws no other
 }
 
 set_up() {  # set_up [EXTRA], for example: set_up '[test]'
-    local extra=${1:-} stamp wanted
+    local extra=${1:-} wanted stamp
     .venv/bin/python -m pip --version >/dev/null 2>&1 ||
         { check_machine "${PYTHON:-python3}"; make_environment "${PYTHON:-python3}"; }
     . .venv/bin/activate
+    wanted=$(cat setup.py launch/constraints.txt | cksum)
     stamp=.venv/installed$extra
-    wanted=$(cksum setup.py launch/constraints.txt)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    if ! grep -qsxF "$wanted" .venv/installed'[test]' "$stamp"; then
         echo "installing into .venv (DeepSpeed is built from source: a minute or two) …"
         install "$extra"
         echo "$wanted" > "$stamp"

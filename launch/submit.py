@@ -1,11 +1,12 @@
-"""ccd-submit: training jobs for a SLURM cluster, checked before they queue.
+"""ccd-submit: jobs for a SLURM cluster, checked before they queue.
 
     ccd-submit pretrain --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --run_dir runs/first \\
         -- --config vit_small --data.shards shards
+    ccd-submit shard --src lmdbs --out shards --name mj --slices 64
     ccd-submit status runs/first
 
-What stands after `--` are the settings of `ccd-train pretrain`. The job's script is written into the run folder, where
-it can be read, edited and submitted again by hand (`cd RUN && sbatch pretrain.sbatch`).
+What stands after `--` goes to `ccd-train pretrain` or `ccd-data convert`. The script of a job is written beside its
+logs, in the run folder or in OUT.slurm, where it can be read, edited and submitted by hand.
 """
 
 from __future__ import annotations
@@ -13,99 +14,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from ccd_train.config import Config
-from ccd_train.errors import FINISHED, UserError, run
-from ccd_train.options import parse
-from launch import slurm
-from launch.preflight import check_pretraining
-from launch.script import array, render
+from ccd_train.errors import FINISHED, run
+from launch.jobs import PASSED_ON, pretraining, sharding
 from launch.status import describe
-
-PREPARE_CPUS = 2  # per process, beside the loader's workers: the training process and what it starts
-
-
-@dataclass(frozen=True)
-class Job:
-    """A batch script and where it goes."""
-
-    folder: Path
-    name: str
-    text: str
-
-    def submit(self, *options: str) -> str:
-        """Writes the script into its folder and submits it there; returns the job's number."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / self.name).write_text(self.text, encoding="utf-8")
-        slurm.sbatch(self.folder, ["--test-only", self.name])  # a job that can never start is refused, not queued
-        return slurm.sbatch(self.folder, [*options, self.name])
-
-
-def pretraining(arguments: argparse.Namespace, settings: list[str]) -> Job:
-    """The job of a pretraining run. Raises UserError for what would fail in the queue."""
-    settings = [*settings, "--run_dir", str(arguments.run_dir.resolve())]
-    config = parse(Config, settings, "ccd-train pretrain")
-    processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_pretraining(config, arguments.nodes * processes)
-    cpus = arguments.cpus_per_gpu or config.data.workers + PREPARE_CPUS
-    options: dict[str, str | None] = {
-        "job-name": arguments.job_name or f"ccd-{arguments.run_dir.resolve().name}".replace("\n", " "),
-        "nodes": str(arguments.nodes),
-        "ntasks-per-node": "1",
-        "cpus-per-task": str(cpus * processes),
-        "time": arguments.time,
-        "signal": f"B:USR1@{arguments.save_seconds}",
-        "no-requeue" if arguments.chain else "requeue": None,
-        "open-mode": "append",
-        "output": "slurm-%j.log",
-    }
-    if arguments.gres is None and arguments.gpus_per_node:
-        options["gpus-per-node"] = str(arguments.gpus_per_node)
-    for name in ("partition", "account", "qos", "constraint", "mem", "gres"):
-        if getattr(arguments, name) is not None:
-            options[name] = getattr(arguments, name)
-    if arguments.exclusive:
-        options["exclusive"] = None
-    options |= extra_options(arguments.sbatch)
-    lines = {
-        "hook()": f"hook() {{ {arguments.hook or python_hook()}; }}",
-        "max_requeues=": f"max_requeues={arguments.max_requeues}",
-        "requeue=": f"requeue={'no' if arguments.chain else 'yes'}",
-        "cd ": f"cd {shlex.quote(str(Path.cwd()))} || exit 2",
-        "settings=": array("settings", settings),
-        "nproc=": f"nproc={processes}",
-    }
-    return Job(config_run_dir(config), "pretrain.sbatch", render("slurm_pretrain.sbatch", list(options.items()), lines))
-
-
-def config_run_dir(config: Config) -> Path:
-    """The run folder; SLURM expands % and \\ in the path of a log."""
-    assert config.run_dir is not None
-    if set("%\\") & set(str(config.run_dir)):
-        raise UserError(f"--run_dir {config.run_dir}: SLURM reads % and \\ in the path of a log; choose another name")
-    return config.run_dir
-
-
-def extra_options(text: str) -> dict[str, str | None]:
-    """`--sbatch "--exclude=n7 --reservation night"` as options; they stand above those of ccd-submit."""
-    options: dict[str, str | None] = {}
-    name = ""
-    for word in shlex.split(text):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            options[name] = value if equals else None
-        elif name and options[name] is None:
-            options[name] = word
-        else:
-            raise UserError(f"--sbatch {text!r}: {word!r} is no long option of sbatch; write --name=value")
-    return options
-
-
-def python_hook() -> str:
-    """What makes `python` the one that runs this program."""
-    return f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"'
 
 
 def submit_pretraining(arguments: argparse.Namespace, settings: list[str]) -> int:
@@ -121,13 +34,32 @@ def submit_pretraining(arguments: argparse.Namespace, settings: list[str]) -> in
         f"submitted job {', then '.join(numbers)}\n"
         f"  watch    tail -F {folder}/slurm-{numbers[0]}.log\n"
         f"           ccd-submit status {folder}\n"
-        f"  stop     scancel {' '.join(numbers)}      (saves, and is not started again)\n"
+        f"  stop     scancel {' '.join(numbers)}      (it saves, and is not started again)\n"
         f"  resume   cd {folder} && sbatch {job.name}"
     )
     return FINISHED
 
 
-def submit_status(arguments: argparse.Namespace, settings: list[str]) -> int:
+def submit_sharding(arguments: argparse.Namespace, settings: list[str]) -> int:
+    job = sharding(arguments, settings)
+    slices = f"--array=0-{arguments.slices - 1}%{arguments.at_once}"
+    if arguments.dry_run:
+        print(job.text, end="")
+        return FINISHED
+    number = job.submit(slices)
+    after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
+    merge = job.submit(*after, "--output=slurm-merge-%j.log")
+    folder = shlex.quote(str(job.folder))
+    print(
+        f"submitted {arguments.slices} slices as job {number}, then merge and verify as job {merge}\n"
+        f"  watch    squeue --jobs={number},{merge}; tail {folder}/slurm-*.log\n"
+        f"  stop     scancel {number} {merge}\n"
+        f"  after a failure: the same command once more; slices that are whole stay"
+    )
+    return FINISHED
+
+
+def print_status(arguments: argparse.Namespace, settings: list[str]) -> int:
     print(describe(arguments.run_dir))
     return FINISHED
 
@@ -137,27 +69,40 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ccd-submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    pretrain = verbs.add_parser("pretrain", help="submit a pretraining run", allow_abbrev=False)
+    pretrain = verbs.add_parser("pretrain", help="a pretraining run", allow_abbrev=False)
     pretrain.set_defaults(verb=submit_pretraining)
-    pretrain.add_argument("--run_dir", "--run-dir", type=Path, required=True, help="on a shared disk")
+    pretrain.add_argument("--run_dir", "--run-dir", type=Path, required=True, help="on a disk that all nodes see")
     pretrain.add_argument("--nodes", type=positive, default=1)
     pretrain.add_argument("--gpus-per-node", type=natural, default=8, help="0: processes on CPUs (default: 8)")
     pretrain.add_argument("--processes-per-node", type=positive, default=1, help="without GPUs (default: 1)")
-    pretrain.add_argument("--time", default="24:00:00", help="limit of one life of the run (24:00:00)")
     pretrain.add_argument("--cpus-per-gpu", type=positive, help="default: the loader's workers + 2")
-    for name in ("partition", "account", "qos", "constraint", "mem", "gres", "job-name"):
-        pretrain.add_argument(f"--{name}", help="as in sbatch")
-    pretrain.add_argument("--exclusive", action="store_true", help="as in sbatch")
-    pretrain.add_argument("--sbatch", default="", metavar="OPTIONS", help='anything else: "--exclude=n7 --nice=100"')
     pretrain.add_argument("--save-seconds", type=positive, default=600, help="time to save before the limit (600)")
     pretrain.add_argument("--max-requeues", type=natural, default=50, help="lives after the first, at most (50)")
     pretrain.add_argument("--chain", type=positive, default=0, metavar="K", help="K jobs in a row instead of requeues")
-    pretrain.add_argument("--hook", help="bash that makes `python` the right one (default: this program's own python)")
-    pretrain.add_argument("--dry-run", action="store_true", help="check, and print the script")
+    add_sbatch_options(pretrain, time="24:00:00")
+    shard = verbs.add_parser("shard", help="LMDBs to shards, an array of jobs", allow_abbrev=False)
+    shard.set_defaults(verb=submit_sharding)
+    shard.add_argument("--src", type=Path, action="append", required=True, help="an LMDB or a tree of them; repeatable")
+    shard.add_argument("--out", type=Path, required=True, help="on a disk that all nodes see")
+    shard.add_argument("--name", required=True, help="beginning of the shards' names")
+    shard.add_argument("--slices", type=positive, default=64, help="jobs of the array (64)")
+    shard.add_argument("--at-once", type=positive, default=16, help="that may run at the same time (16)")
+    shard.add_argument("--cpus-per-task", type=positive, default=4, help="workers of a slice (4)")
+    add_sbatch_options(shard, time="04:00:00")
     status = verbs.add_parser("status", help="how a run stands, from SLURM and its folder", allow_abbrev=False)
-    status.set_defaults(verb=submit_status)
+    status.set_defaults(verb=print_status)
     status.add_argument("run_dir", type=Path, metavar="RUN")
     return parser
+
+
+def add_sbatch_options(parser: argparse.ArgumentParser, time: str) -> None:
+    parser.add_argument("--time", default=time, help=f"limit of one life of the job ({time})")
+    for name in (*PASSED_ON, "job-name"):
+        parser.add_argument(f"--{name}", help="as in sbatch")
+    parser.add_argument("--exclusive", action="store_true", help="as in sbatch")
+    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help='anything else: "--exclude=n7 --nice=100"')
+    parser.add_argument("--hook", help="bash that makes `python` the right one (default: this program's own python)")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print the script")
 
 
 def natural(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import Tiny
 from torch.distributed.run import get_args_parser
 
 from ccd_train.config import Config
+from ccd_train.errors import UserError
 from ccd_train.options import option_names
+from launch.hostfile import main as deepspeed_main
 from launch.outcome import Outcome, read_outcome
 
 CHECKOUT = Path(__file__).parents[1]
@@ -100,3 +104,46 @@ def test_no_option_is_a_prefix_of_one_of_torchruns() -> None:
     for ours in [*option_names(Config), "config", "help", "print_config"]:
         if ours != "help":  # torchrun's own, as everywhere
             assert not [option for option in theirs if option.startswith(ours)], ours
+
+
+REMOTE_SHELL = """#!/bin/bash
+# ssh and pdsh as DeepSpeed calls them, on this machine: the words are joined and given to a shell, as over there
+n=0 words=()
+while [ $# -gt 0 ]; do
+    case $1 in -w) hosts=$2; shift 2 ;; -S) shift ;; -*) shift 2 ;; *) break ;; esac
+done
+[ -n "$hosts" ] || { shift; exec sh -c "$*"; }
+line="$*"
+for host in ${hosts//,/ }; do sh -c "${line//%n/$n}" & n=$((n + 1)); done
+wait
+"""
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_with_two_nodes(tiny: Tiny, tmp_path: Path) -> None:
+    """The settings reach every node literally, though DeepSpeed hands one line to a remote shell."""
+    for name in ("ssh", "pdsh"):
+        (tmp_path / name).write_text(REMOTE_SHELL)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    shards = tmp_path / 'it\'s $(touch executed) "so"'
+    shards.symlink_to(tiny.shards)
+    values = ["--data.shards", str(shards), "--data.workers", "0", "--max-steps", "2", "--train.micro_batch_size", "4"]
+    words = [str(tmp_path / "hosts"), "--config", "vit_nano", "--run_dir", str(tmp_path / "run"), *values]
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", str(CHECKOUT / "launch/deepspeed_pretrain.sh"), *words],
+        cwd=CHECKOUT, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "× 2" in (tmp_path / "run/environment.txt").read_text()
+    assert not list(tmp_path.rglob("executed")) and not (CHECKOUT / "executed").exists()
+
+
+def test_deepspeeds_launcher_refuses_what_a_remote_shell_would_split(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("first slots=1\n")
+    words = ["--config", "vit_nano", "--run_dir", str(tmp_path / "a b"), "--data.shards", str(tiny.shards)]
+    with pytest.raises(UserError, match="remote shell"):
+        deepspeed_main([str(tmp_path / "hosts"), *words])
+    with pytest.raises(UserError, match="not a file"):
+        deepspeed_main([str(tmp_path / "nothing"), *words])

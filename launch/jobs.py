@@ -1,0 +1,128 @@
+"""The jobs that ccd-submit submits: a pretraining run, and the sharding of a corpus; checked while they are made."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from ccd_train.config import Config
+from ccd_train.data.records import find_lmdbs
+from ccd_train.errors import UserError
+from ccd_train.options import parse
+from launch import slurm
+from launch.preflight import check_pretraining, check_writable
+from launch.script import array, render
+
+BESIDE_WORKERS = 2  # CPUs per process for what is not the loader: the training process and its helpers
+PASSED_ON = ("partition", "account", "qos", "constraint", "mem", "gres")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch script and the folder in which it is kept and its logs go."""
+
+    folder: Path
+    name: str
+    text: str
+
+    def submit(self, *options: str) -> str:
+        """Writes the script and submits it; returns the job's number. One that can never start is refused."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / self.name).write_text(self.text, encoding="utf-8")
+        slurm.sbatch(self.folder, ["--test-only", self.name])
+        return slurm.sbatch(self.folder, [*options, self.name])
+
+
+def pretraining(arguments: Namespace, settings: list[str]) -> Job:
+    """The job of a pretraining run. Raises UserError for what would fail in the queue."""
+    run_dir = arguments.run_dir.resolve()
+    settings = [*settings, "--run_dir", str(run_dir)]
+    config = parse(Config, settings, "ccd-train pretrain")
+    processes = arguments.gpus_per_node or arguments.processes_per_node
+    check_pretraining(config, arguments.nodes * processes)
+    options: dict[str, str | None] = {
+        "job-name": arguments.job_name or f"ccd-{run_dir.name}".replace("\n", " "),
+        "nodes": str(arguments.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str((arguments.cpus_per_gpu or config.data.workers + BESIDE_WORKERS) * processes),
+        "time": arguments.time,
+        "signal": f"B:USR1@{arguments.save_seconds}",
+        "no-requeue" if arguments.chain else "requeue": None,
+        "open-mode": "append",
+        "output": "slurm-%j.log",
+    }
+    if arguments.gpus_per_node and arguments.gres is None:
+        options["gpus-per-node"] = str(arguments.gpus_per_node)
+    lines = common_lines(arguments, settings) | {
+        "max_requeues=": f"max_requeues={arguments.max_requeues}",
+        "requeue=": f"requeue={'no' if arguments.chain else 'yes'}",
+        "nproc=": f"nproc={processes}",
+    }
+    text = render("slurm_pretrain.sbatch", options | passed_on(arguments), lines)
+    return Job(log_folder(run_dir), "pretrain.sbatch", text)
+
+
+def sharding(arguments: Namespace, settings: list[str]) -> Job:
+    """The job of an array over `ccd-data convert --slice`, and of the merge after it."""
+    out = arguments.out.resolve()
+    for source in arguments.src:
+        find_lmdbs(source)
+    check_writable(out)
+    sources = [word for source in arguments.src for word in ("--src", str(source.resolve()))]
+    settings = [*sources, "--out", str(out), "--name", arguments.name, *settings]
+    options: dict[str, str | None] = {
+        "job-name": arguments.job_name or f"ccd-shard-{arguments.name}",
+        "cpus-per-task": str(arguments.cpus_per_task),
+        "time": arguments.time,
+        "requeue": None,
+        "open-mode": "append",
+        "output": "slurm-%A_%a.log",
+    }
+    lines = common_lines(arguments, settings) | {"slices=": f"slices={arguments.slices}"}
+    text = render("slurm_shard.sbatch", options | passed_on(arguments), lines)
+    return Job(log_folder(out.with_name(f"{out.name}.slurm")), "shard.sbatch", text)
+
+
+def common_lines(arguments: Namespace, settings: list[str]) -> dict[str, str]:
+    """What every script says in its own way: where it works, with which python, on what."""
+    python = f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"'
+    return {
+        "hook()": f"hook() {{ {arguments.hook or python}; }}",
+        "cd ": f"cd {shlex.quote(str(Path.cwd()))} || exit 2",
+        "settings=": array("settings", settings),
+    }
+
+
+def passed_on(arguments: Namespace) -> dict[str, str | None]:
+    """The options of sbatch that are given as they are; those in --sbatch stand above all others."""
+    options: dict[str, str | None] = {
+        name: getattr(arguments, name) for name in PASSED_ON if getattr(arguments, name) is not None
+    }
+    if arguments.exclusive:
+        options["exclusive"] = None
+    return options | extra_options(arguments.sbatch)
+
+
+def extra_options(text: str) -> dict[str, str | None]:
+    """`--exclude=n7 --reservation night` as options. Raises UserError for what is no long option."""
+    options: dict[str, str | None] = {}
+    name = ""
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options[name] = value if equals else None
+        elif name and options[name] is None:
+            options[name] = word
+        else:
+            raise UserError(f"--sbatch {text!r}: {word!r} is no long option of sbatch; write --name=value")
+    return options
+
+
+def log_folder(folder: Path) -> Path:
+    """The folder, if SLURM can write logs there: it expands % and \\ in their path."""
+    if set("%\\") & set(str(folder)):
+        raise UserError(f"{folder}: SLURM reads % and \\ in the path of a log; choose another name")
+    return folder
