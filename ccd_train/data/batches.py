@@ -10,7 +10,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -73,8 +75,7 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One sample, ready for a batch."""
 
     image: np.ndarray
@@ -102,16 +103,17 @@ class Reader:
         TrainingError if a file cannot be read any more, or if a whole shard holds nothing that can be used.
         """
         samples = self.order.at(first, count)
-        images = np.empty((count, HEIGHT, WIDTH, 3), np.uint8)
+        images = np.empty((count, 3, HEIGHT, WIDTH), np.uint8)
         masks = np.empty((count, HEIGHT, WIDTH), np.uint8)
         sizes = np.empty((count, 2), np.int64)
         labels: list[str | None] = [None] * count
         damaged: list[str] = []
         for i in np.lexsort((samples.rows, samples.shards)).tolist():  # by place on the disk
             sample = self._usable_sample(int(samples.shards[i]), int(samples.rows[i]), damaged)
-            images[i], masks[i], sizes[i], labels[i] = sample.image, sample.mask, sample.native_size, sample.label
+            cv2.split(sample.image, list(images[i]))  # writes the three planes there
+            masks[i], sizes[i], labels[i] = sample.mask, sample.native_size, sample.label
         return Batch(
-            images_u8=torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+            images_u8=torch.from_numpy(images),
             pseudo_mask=torch.from_numpy(masks),
             native_size=torch.from_numpy(sizes),
             sample_ids=torch.from_numpy(samples.sample_ids),

@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -97,10 +97,9 @@ def theirs(corpus: Corpus, workers: int) -> Iterator[object]:
     return iter(DataLoader(stream, batch_size=None, num_workers=workers))
 
 
-def compare(name: str, bar: float, rounds: int, first: Callable[[], float], second: Callable[[], float]) -> bool:
-    """Times both in turn; prints their medians and that of the ratio first / second. Whether the bar is reached."""
-    pairs = [(first(), second()) for _ in range(rounds)]
-    ratio = statistics.median(a / b for a, b in pairs)
+def compare(name: str, bar: float, pairs: list[tuple[float, float]]) -> bool:
+    """Prints the medians of two rates that were measured in turn, and of their ratio. Whether the bar is reached."""
+    ratio = statistics.median(mine / other for mine, other in pairs)
     rates = [statistics.median(values) for values in zip(*pairs, strict=True)]
     print(f"{name:42} {rates[0]:9,.0f} against {rates[1]:9,.0f} /s  ratio {ratio:5.2f}  (bar {bar})", flush=True)
     return ratio >= bar
@@ -108,16 +107,11 @@ def compare(name: str, bar: float, rounds: int, first: Callable[[], float], seco
 
 def compare_raw(corpus: Corpus, rounds: int) -> list[bool]:
     batches = min(500, corpus.num_samples // BATCH)
-    return [
-        compare(
-            f"raw, {workers} workers / webdataset",
-            bar,
-            rounds,
-            lambda workers=workers: rate(ours(corpus, workers), batches),  # type: ignore[misc]
-            lambda workers=workers: rate(theirs(corpus, workers), batches),  # type: ignore[misc]
-        )
-        for workers, bar in ((0, 4.0), (2, 1.4))
-    ]
+    reached = []
+    for workers, bar in ((0, 4.0), (2, 1.4)):
+        pairs = [(rate(ours(corpus, workers), batches), rate(theirs(corpus, workers), batches)) for _ in range(rounds)]
+        reached.append(compare(f"raw, {workers} workers / webdataset", bar, pairs))
+    return reached
 
 
 def compare_worker(source: Path, folder: Path, rounds: int) -> bool:
@@ -127,24 +121,28 @@ def compare_worker(source: Path, folder: Path, rounds: int) -> bool:
     reader = Reader(corpus, Order(corpus.shard_samples, 0, WINDOW), "otsu")
     cv2.setNumThreads(1)
 
-    def floor() -> float:
-        start = time.perf_counter()
-        for data in images:
+    def floor(number: int) -> None:
+        for data in images[number * BATCH : (number + 1) * BATCH]:
             image = cv2.imdecode(data, cv2.IMREAD_COLOR)
             grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
             mask = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
             cv2.resize(image, (128, 32))
             cv2.resize(mask, (128, 32))
-        return len(images) / (time.perf_counter() - start)
 
-    def worker() -> float:
-        count = corpus.num_samples // BATCH
-        start = time.perf_counter()
-        for number in range(count):
-            reader.batch(number * BATCH, BATCH, 0)
-        return count * BATCH / (time.perf_counter() - start)
+    def worker(number: int) -> None:
+        reader.batch(number * BATCH, BATCH, 0)
 
-    return compare("worker side / decode, Otsu, resize alone", 0.7, rounds, worker, floor)
+    pairs = []
+    for _ in range(rounds):
+        seconds = dict.fromkeys((worker, floor), 0.0)
+        for number in range(len(images) // BATCH):  # batch by batch in turn: other work comes in waves
+            for way in seconds:
+                start = time.perf_counter()
+                way(number)
+                seconds[way] += time.perf_counter() - start
+        samples = len(images) // BATCH * BATCH
+        pairs.append((samples / seconds[worker], samples / seconds[floor]))
+    return compare("worker side / decode, Otsu, resize alone", 0.7, pairs)
 
 
 def multiply(folder: Path, corpus: Corpus, shards: int) -> None:
