@@ -19,6 +19,7 @@ from data_tools.state import Outcome, State, remove_temporaries, write_errors, w
 def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
     """Writes refused.jsonl and, last, the manifest. UserError if a piece is missing, or a slice (not `own`) running."""
     state.check_idle(own)
+    state.remove_temporaries(list(plan.pieces()))
     remove_temporaries(state.out, {MANIFEST, REFUSED})
     shards: list[Shard] = []
     kinds: Counter[str] = Counter()

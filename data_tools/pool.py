@@ -1,4 +1,8 @@
-"""Jobs over processes, such that nothing outlives its parent and no failure hangs."""
+"""Jobs over processes, such that nothing outlives its parent, no failure hangs, and a killed run leaves nothing behind.
+
+Each worker has a pipe of its own and nothing is shared: the standard pools keep their locks as named semaphores, which
+stay in /dev/shm when a scheduler kills the whole job.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import Synchronized
-from typing import TypeVar
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
 from ccd_train.errors import UserError
 from data_tools.progress import Progress
@@ -19,14 +21,6 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Report = Callable[[int], None]
 """What a job calls with the number of things that it has done since the last call."""
-
-_POLL = 0.2  # seconds
-_counter: Synchronized[int]  # of a worker: things done, over all workers, not yet shown
-_stop: Synchronized[int]  # of a worker: whether to give up
-
-
-class _Stopped(Exception):  # noqa: N818
-    """The parent has given up."""
 
 
 def available_cores() -> int:
@@ -39,59 +33,78 @@ def run_jobs(
 ) -> Generator[Result, None, None]:
     """Yields the results of `function` over the jobs, in the order in which they finish. Close it to give up.
 
-    With one worker everything runs here. The first error of a job ends all; if the parent dies, its workers do.
+    With one worker everything runs here. The first UserError of a job ends all; if the parent dies, its workers do.
     """
     if workers <= 1:
         yield from (function(job, progress.update) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")  # a forked worker would hold the other workers' pipes open
-    counter, stop = context.Value("q", 0), context.Value("b", 0)
-    with ProcessPoolExecutor(workers, context, _begin, (counter, stop)) as executor:
-        waiting: set[Future[Result]] = set()
-        remaining = iter(jobs)
-        try:
-            while True:
-                while len(waiting) < 2 * workers and (job := next(remaining, None)) is not None:
-                    waiting.add(executor.submit(_work, function, job))
-                if not waiting:
+    context = multiprocessing.get_context("spawn")  # a forked worker would hold the ends of the other workers' pipes
+    processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
+    remaining = iter(jobs)
+    try:
+        for _, job in zip(range(workers), remaining, strict=False):
+            connection, theirs = context.Pipe()
+            processes[connection] = context.Process(target=_serve, args=(theirs, function), daemon=True)
+            processes[connection].start()
+            theirs.close()
+            connection.send(job)
+        busy = set(processes)
+        while busy:
+            for connection in [ready for ready in wait(list(busy)) if isinstance(ready, Connection)]:
+                kind, content = _receive(connection, processes[connection])
+                if kind == "done":
+                    progress.update(content)
+                    continue
+                yield content
+                for job in remaining:
+                    connection.send(job)
                     break
-                done, waiting = wait(waiting, _POLL, FIRST_COMPLETED)
-                with counter.get_lock():
-                    news, counter.value = counter.value, 0
-                progress.update(news)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (out of memory? try fewer --workers); "
-                "start the same command again, it goes on where it stopped"
-            ) from None
-        finally:
-            stop.value = 1
-            executor.shutdown(cancel_futures=True)
+                else:
+                    busy.remove(connection)
+    finally:
+        for connection in processes:  # a worker that is still at work ends when it reports next
+            connection.close()
+        for process in processes.values():
+            process.join()
 
 
-def _begin(counter: Synchronized[int], stop: Synchronized[int]) -> None:
-    """What a new worker does first."""
-    global _counter, _stop
-    _counter, _stop = counter, stop
+def _receive(connection: Connection, process: multiprocessing.process.BaseProcess) -> tuple[str, Any]:
+    """What a worker says: ("done", count) or ("result", …). Raises the UserError of a job or of a worker's death."""
+    try:
+        kind, content = connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        if process.exitcode is not None and process.exitcode > 0:
+            raise RuntimeError("a worker process failed; its traceback is above") from None
+        raise UserError(
+            "a worker process was killed (out of memory? try fewer --workers); "
+            "start the same command again, it goes on where it stopped"
+        ) from None
+    if kind == "error":
+        assert isinstance(content, UserError)
+        raise content
+    return kind, content
+
+
+def _serve(connection: Connection, function: Callable[[Job, Report], Result]) -> None:
+    """A worker: does jobs until there are no more, or nobody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    try:
+        while parent.is_alive():  # else its successor may have tidied up already what would be begun here
+            job = connection.recv()
+            try:
+                result = function(job, lambda more: connection.send(("done", more)))
+            except UserError as error:
+                connection.send(("error", error))
+            else:
+                connection.send(("result", result))
+    except (EOFError, ConnectionResetError, BrokenPipeError):
+        return
+
+
+def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)
-
-
-def _work(function: Callable[[Job, Report], Result], job: Job) -> Result:
-    return function(job, _report)
-
-
-def _report(more: int) -> None:
-    if _stop.value:
-        raise _Stopped
-    with _counter.get_lock():
-        _counter.value += more
