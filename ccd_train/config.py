@@ -96,6 +96,8 @@ class Model:
     """P: outputs of the projection head."""
     freeze_gain: bool = False
     """Keep the gain of the weight-normalised last layer at 1 (official: base only)."""
+    initial_std: float = 0.02
+    """Standard deviation of the initial weights of linear layers; narrow networks want about 1 / √width."""
 
     def check(self) -> None:
         for name in ("width", "depth", "heads", "head_hidden", "head_bottleneck", "prototypes"):
@@ -103,6 +105,7 @@ class Model:
         require(self.segmentation_width >= 2, "model.segmentation_width", self.segmentation_width, "must be 2 or more")
         require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width = {self.width}")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "must lie in [0, 1)")
+        require(self.initial_std > 0, "model.initial_std", self.initial_std, "must be positive")
         ordered = 1 <= self.taps[0] < self.taps[1] < self.taps[2] <= self.depth
         require(ordered, "model.taps", self.taps, f"must rise and lie in 1..model.depth = {self.depth}")
 

@@ -128,10 +128,16 @@ def _vit(model: Model, drop_path: float, activation_checkpointing: bool = False)
         taps=model.taps,
         drop_path=drop_path,
         activation_checkpointing=activation_checkpointing,
+        initial_std=model.initial_std,
     )
 
 
 def _projection(model: Model) -> ProjectionHead:
     return ProjectionHead(
-        model.width, model.head_hidden, model.head_bottleneck, model.prototypes, freeze_gain=model.freeze_gain
+        model.width,
+        model.head_hidden,
+        model.head_bottleneck,
+        model.prototypes,
+        freeze_gain=model.freeze_gain,
+        initial_std=model.initial_std,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccd_train.models.normalization import BatchNorm
-from ccd_train.models.vit import initialize_linear_layers
+from ccd_train.models.vit import INITIAL_STD, initialize_linear_layers
 
 CLASSES = 2  # 0 background, 1 text
 
@@ -71,13 +71,21 @@ class PrototypeLayer(nn.Module):
 class ProjectionHead(nn.Module):
     """DINO's head: a three-layer MLP, L2 norm, prototypes. Features [M, D] → logits float32 [M, P]; M may be 0."""
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, freeze_gain: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        bottleneck: int,
+        prototypes: int,
+        freeze_gain: bool = False,
+        initial_std: float = INITIAL_STD,
+    ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
         self.prototypes = PrototypeLayer(bottleneck, prototypes, freeze_gain)
-        initialize_linear_layers(self.mlp)
+        initialize_linear_layers(self.mlp, initial_std)
 
     def forward(self, features: Tensor) -> Tensor:
         bottleneck = self.mlp(features.to(self.prototypes.direction.dtype))

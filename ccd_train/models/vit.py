@@ -82,6 +82,7 @@ class VisionTransformer(nn.Module):
         taps: Sequence[int] = (2, 4, 6),
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
+        initial_std: float = INITIAL_STD,
     ) -> None:
         super().__init__()
         self.taps = tuple(taps)
@@ -93,7 +94,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.tap_norms = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in self.taps)
         nn.init.trunc_normal_(self.position_embedding, std=INITIAL_STD)
-        initialize_linear_layers(self)
+        initialize_linear_layers(self, initial_std)
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Images [B, 3, 32, 128] → tokens [B, h·w, D] after the final norm, and the taps, each [B, D, h, w].
@@ -115,9 +116,9 @@ class VisionTransformer(nn.Module):
         return self.norm(tokens), taps
 
 
-def initialize_linear_layers(module: nn.Module) -> None:
+def initialize_linear_layers(module: nn.Module, std: float) -> None:
     """Official initial weights: truncated normal, σ 0.02, and zero biases in linear layers; torch's own elsewhere."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=INITIAL_STD)
+            nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
