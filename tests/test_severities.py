@@ -23,7 +23,9 @@ def test_severity_5_is_the_default_and_has_the_official_constants() -> None:
     sharpness = chain.groups[2].operations
     assert sharpness["sharpen"] == 0.5 and sharpness["gaussian_blur"] == pytest.approx(0.1)
     assert sum(sharpness[f"median_blur_{size}"] for size in (3, 5, 7)) == pytest.approx(0.1)
-    assert chain.range("gaussian_noise.scale") == (0, pytest.approx(51 * RESIZED)) and chain.range("jpeg.compression") == (70, 99)
+    assert chain.range("gaussian_noise.scale") == (0, pytest.approx(51 * RESIZED)) and chain.range(
+        "jpeg.compression"
+    ) == (70, 99)
 
 
 def test_severities_differ_where_the_official_ones_do() -> None:
@@ -44,6 +46,17 @@ def test_the_official_ranges_are_possible() -> None:
         for parameter in RANGES:
             low, high = chain.range(parameter)
             Augment(name, (f"{parameter}={low}:{high}",)).check()
+
+
+def test_the_documentation_has_every_operation_with_its_ranges() -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "augmentations.md").read_text(encoding="utf-8").splitlines()
+    for group in CHAINS["severity_5"].groups:
+        for operation, share in group.operations.items():
+            (line,) = (line for line in lines if line.startswith(f"| `{operation}` | {100 * share:.1f} % |"))
+            for name, (low, high) in RANGES.items():
+                if name.startswith(f"{operation}."):
+                    text = f"{name.partition('.')[2]} {low:.4g}" + (f" … {high:.4g}" if low != high else "")
+                    assert text in line
 
 
 def test_overrides() -> None:
