@@ -5,6 +5,8 @@ Every draw is a pure function of a sample's key, whatever batch the sample is in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +28,21 @@ STRAIGHT = Affine(probability=0.0)
 ROTATION = Affine(probability=1.0, scale=(1.0, 1.0), translate=0.0, rotate=45.0, shear_x=0.0, shear_y=0.0)
 KNOTS = 4  # of the piecewise affine, along each axis
 BEND = (0.01, 0.1)  # range of the standard deviation by which knots move, as a share of width and height
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Full precision whatever the caller computes in, and any kernel.
+
+    torch's deterministic mode forbids kernels whose order of summation may vary. Here those sum whole numbers, exactly.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(0)
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,7 @@ class Augmentation:
         self.chain = Runner(chain)
 
     @torch.no_grad()
+    @exact()
     def __call__(self, images_u8: Tensor, native_size: Tensor, keys: Tensor) -> Views:
         """Views of uint8 images [B, 3, 32, 128] whose crops had the native (height, width) [B, 2], keyed by int64 [B].
 
@@ -83,6 +101,7 @@ class WordAugmentation:
         self.chain = Runner(chain)
 
     @torch.no_grad()
+    @exact()
     def __call__(self, images_u8: Tensor, native_size: Tensor, keys: Tensor) -> Tensor:
         """float32 [B, 3, 32, 128], normalised. The arguments are those of `Augmentation`."""
         keys, native_size = keys.cpu(), native_size.cpu()

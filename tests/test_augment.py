@@ -86,6 +86,21 @@ def test_nothing_is_consumed_or_changed() -> None:
     assert torch.equal(first.regular, again.regular) and torch.equal(first.irregular, again.irregular)
 
 
+def test_the_callers_precision_and_deterministic_mode_change_nothing() -> None:
+    images, sizes = crops()
+    augmentation = Augmentation(Augment(), Affine())
+    plain = augmentation(images, sizes, keys(64))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            under = augmentation(images, sizes, keys(64))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert under.regular.dtype == torch.float32 and torch.equal(plain.regular, under.regular)
+    assert torch.equal(plain.irregular, under.irregular)
+
+
 def test_epochs_and_views_differ() -> None:
     images, sizes = crops()
     augmentation = Augmentation(Augment("severity_5", ("identity=0",)), Affine())
