@@ -69,9 +69,9 @@ def test_epochs_and_seeds_differ() -> None:
 def test_the_order_of_this_version_never_changes() -> None:
     """A run that began years ago goes on in the same order. If this must change, raise `order.VERSION` with it."""
     order = Order(np.array([4, 3, 5]), 7, 2)
-    assert order.at(0, 12).sample_ids.tolist() == [3, 11, 8, 1, 0, 10, 2, 9, 7, 4, 6, 5]
+    assert order.at(0, 12).sample_ids.tolist() == [7, 1, 10, 8, 2, 11, 3, 0, 9, 4, 6, 5]
     mixed = Mixture([Order(np.array([4]), 7, 1), Order(np.array([5]), 7, 1, 1, 4)], [1, 3], 7)
-    assert mixed.at(0, 8).sample_ids.tolist() == [5, 7, 3, 8, 6, 4, 7, 1]
+    assert mixed.at(0, 8).sample_ids.tolist() == [4, 5, 1, 8, 7, 6, 7, 3]
 
 
 def test_statistics_of_the_shuffle() -> None:
@@ -99,6 +99,19 @@ def test_rows_are_uniform_over_a_window() -> None:
     rows = Order(np.full(4, 5000), 2, 4).at(0, 2000).rows
     counts = np.histogram(rows, bins=10, range=(0, 5000))[0]
     assert ((counts - 200) ** 2 / 200).sum() < 28  # chi-square, 9 degrees of freedom, p < 0.001
+
+
+def test_neighbours_in_a_window_are_independent() -> None:
+    """Where a sample lies says nothing about where its neighbour in the batch lies: chi-square on a 12 × 12 grid."""
+    for size in (3_000, 50_001):
+        statistics = []
+        for seed in range(12):
+            rows = Order(np.array([size]), seed, 1).at(0, size).rows
+            counts = np.histogram2d(rows[:-1], rows[1:], bins=12, range=[[0, size], [0, size]])[0]
+            statistics.append(
+                float(((counts - size / 144) ** 2 / (size / 144)).sum()) / 121
+            )  # rows and columns are fixed
+        assert 0.85 < np.mean(statistics) < 1.15
 
 
 def test_windows_are_those_that_will_be_read() -> None:
