@@ -40,6 +40,7 @@ def separable(images: Tensor, weights: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, seeds: Tensor, sigma: Tensor) -> Tensor:
+    """Of deviation `sigma`, cut at 5 × 5."""
     offsets = _offsets(images, GAUSSIAN_RADIUS)
     weights = (offsets.square() / (-2 * sigma.view(-1, 1).double().square())).exp()
     outer, inner = (weights / weights.cumsum(1)[:, -1:] * 256)[:, :2].split(1, dim=1)
@@ -110,14 +111,17 @@ def _bilateral_pass(images: Tensor, space: Tensor, likeness: Tensor) -> Tensor:
 
 
 def median_blur_3(images: Tensor, seeds: Tensor) -> Tensor:
+    """Over 3 × 3 pixels."""
     return median(images, 3)
 
 
 def median_blur_5(images: Tensor, seeds: Tensor) -> Tensor:
+    """Over 5 × 5 pixels."""
     return median(images, 5)
 
 
 def median_blur_7(images: Tensor, seeds: Tensor) -> Tensor:
+    """Over 7 × 7 pixels."""
     return median(images, 7)
 
 

@@ -129,15 +129,11 @@ class Table:
         self.whole = torch.zeros_like(self.low, dtype=torch.bool)
         for row, operation in enumerate(self.operations):
             for column, parameter in enumerate(parameters(operation)):
-                name = f"{operation}.{parameter}"
+                name, place = f"{operation}.{parameter}", (row, column)
                 if name in RANGES:
                     low, high = chain.range(name)
-                    whole = name in WHOLE
-                    self.low[row, column], self.span[row, column], self.whole[row, column] = (
-                        low,
-                        high - low + whole,
-                        whole,
-                    )
+                    self.low[place], self.span[place], self.whole[place] = low, high - low, name in WHOLE
+        self.span += self.whole  # both ends are possible: the floor of a draw from [low, high + 1)
 
     def stage(self, keys: Tensor, skip: Tensor) -> Stage:
         """What images with these keys [N] draw; none where skip [N]."""

@@ -18,7 +18,7 @@ KMEANS_STRIDE = 2  # of rows and columns, for the rounds; all pixels are assigne
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey level [B, 1, H, W]. Of whole levels all but the last step is exact, on every device."""
+    """Grey level [B, 1, H, W]. Of whole levels it is exact, on every device."""
     red, green, blue = images.unbind(1)
     grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).mul_(2.0**-15)
     return grey[:, None]
@@ -93,6 +93,7 @@ def brightness(images: Tensor, seeds: Tensor, factor: Tensor, shift: Tensor, spa
 
 
 def multiply_brightness(images: Tensor, seeds: Tensor, factor: Tensor, space: Tensor) -> Tensor:
+    """Brightness · factor: an operation of its own in the official chains."""
     nothing = torch.zeros_like(factor)
     return brightness(images, seeds, factor, nothing, space, nothing)
 

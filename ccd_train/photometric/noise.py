@@ -39,10 +39,12 @@ def add_elementwise(images: Tensor, seeds: Tensor, bound: Tensor) -> Tensor:
 
 
 def gaussian_noise(images: Tensor, seeds: Tensor, scale: Tensor) -> Tensor:
+    """Adds normal noise of deviation `scale`, the same to a pixel's channels."""
     return images.add_(normal(draw(images, seeds)).mul_(scale))
 
 
 def laplace_noise(images: Tensor, seeds: Tensor, scale: Tensor) -> Tensor:
+    """Adds Laplace noise of mean deviation `scale`, the same to a pixel's channels."""
     draws = draw(images, seeds).mul_(QUANTILES)
     return images.add_(look_up(draws, laplace_quantiles(draws.device)).mul_(scale))
 

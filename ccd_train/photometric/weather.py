@@ -35,9 +35,8 @@ def smooth(images: Tensor, draws: Tensor, exponents: tuple[Tensor, ...]) -> tupl
     v = torch.arange(2 * ROWS, device=images.device) // 2
     u = torch.arange(2 * COLUMNS, device=images.device) // 2
     frequency = (u.square() + v.square()[:, None]).double().sqrt()
-    # there is no wave of frequency 0, and no sine of 0
     power = torch.stack(exponents, dim=1).view(-1, len(exponents), 1, 1).double()
-    strength = frequency.clamp(min=1).pow(power) * (frequency > 0)
+    strength = frequency.clamp(min=1).pow(power) * (frequency > 0)  # there is no wave of frequency 0
     factors = draws.view(-1, len(exponents), 2 * ROWS, 2 * COLUMNS) * 2 - 1
     factors = (factors * strength * SCALE).round().to(images.dtype)
     along = (factors @ waves(COLUMNS, width, SCALE, images.device)).div_(SCALE).round_()
