@@ -15,6 +15,7 @@ VERBS = {
     "curve": "draw the losses of a run as a picture",
     "views": "draw the views, masks and regions of some samples",
     "probe": "classify characters with frozen features",
+    "doctor": "look at everything that a run needs, here or on every node",
     "export": "write a run's weights for others",
 }
 

@@ -44,8 +44,11 @@ def device() -> torch.device:
 def initialize(timeout_seconds: float) -> None:
     """Joins the process group that torchrun, srun or the deepspeed launcher described; alone, makes one of its own.
 
-    Raises UserError where the description is incomplete or its port is taken.
+    A process that has joined already stays as it is. Raises UserError where the description is incomplete or its port
+    is taken.
     """
+    if dist.is_initialized():
+        return
     missing = [name for name in RANK_VARIABLES if name not in os.environ]
     if len(missing) == len(RANK_VARIABLES):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")

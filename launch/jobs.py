@@ -59,6 +59,7 @@ def pretraining(arguments: Namespace, settings: list[str]) -> Job:
     lines = common_lines(arguments, settings) | {
         "max_requeues=": f"max_requeues={arguments.max_requeues}",
         "requeue=": f"requeue={'no' if arguments.chain else 'yes'}",
+        "doctor=": f"doctor={'yes' if arguments.doctor else 'no'}",
         "nproc=": f"nproc={processes}",
     }
     text = render("slurm_pretrain.sbatch", options | passed_on(arguments), lines)

@@ -25,6 +25,7 @@ def main() -> int:
     start = None if any(root.glob(f"**/{OPERATOR}.so")) else time.monotonic()
     if start is not None:
         print("compiling DeepSpeed's communication operator for CPUs, once (about 2 minutes) …", flush=True)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that there is no other
     from deepspeed.accelerator import get_accelerator  # seconds to import
 
     get_accelerator().create_op_builder("ShareMemCommBuilder").load()

@@ -47,5 +47,5 @@ set_up() {  # set_up [EXTRA], for example: set_up '[test]'
         install "$extra"
         echo "$wanted" > "$stamp"
     fi
-    python -W ignore -m launch.operators
+    python -m launch.operators
 }

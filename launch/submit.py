@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--save-seconds", type=positive, default=600, help="time to save before the limit (600)")
     pretrain.add_argument("--max-requeues", type=natural, default=50, help="lives after the first, at most (50)")
     pretrain.add_argument("--chain", type=positive, default=0, metavar="K", help="K jobs in a row instead of requeues")
+    pretrain.add_argument("--doctor", action="store_true", help="first look at every node (`ccd-train doctor`)")
     add_sbatch_options(pretrain, time="24:00:00")
     shard = verbs.add_parser("shard", help="LMDBs to shards, an array of jobs", allow_abbrev=False)
     shard.set_defaults(verb=submit_sharding)

@@ -189,13 +189,14 @@ def test_a_dry_run_prints_what_is_submitted(cluster: Cluster, tiny: Tiny, tmp_pa
 def test_a_chain_needs_no_requeue(cluster: Cluster, tiny: Tiny, undisturbed: dict[int, float], tmp_path: Path) -> None:
     """Three jobs: the first is told to stop, the second finishes, the third has nothing to do."""
     run_dir = tmp_path / "run"
-    first, second, third = submit(cluster, run_dir, ["--chain", "3"], settings(tiny, 12))
+    first, second, third = submit(cluster, run_dir, ["--chain", "3", "--doctor"], settings(tiny, 12))
     wait_for_step(cluster, first, run_dir, 4)
     cluster.run("scancel", "--signal=USR1", "--batch", first)
     assert wait_for_end(cluster, first, run_dir)["ExitCode"] == "75:0"
     for job in (second, third):
         assert wait_for_end(cluster, job, run_dir)["JobState"] == "COMPLETED", log_of(run_dir)
     assert losses(run_dir) == {step: undisturbed[step] for step in range(1, 13)}
+    assert log_of(run_dir).count("64 MB between 2 ranks") == 2  # both nodes' tables, in the first job
     assert cluster.job(first)["Restarts"] == "0"
 
 
@@ -215,7 +216,7 @@ def test_a_slice_that_failed_is_done_again(cluster: Cluster, tiny: Tiny, tmp_pat
     wait_until(lambda: state_of(cluster, merge) in DONE, 60, lambda: cluster.run("squeue", "--states=all"))
     log = "".join(path.read_text() for path in out.with_name(f"{out.name}.slurm").glob("slurm-merge-*"))
     assert state_of(cluster, merge) == "COMPLETED", log
-    assert "240 samples in 4 shards are intact" in log
+    assert "240 samples in 4 shards, all intact" in log
     assert hashes(out) == hashes(tiny.shards)
     assert not (CHECKOUT / "executed").exists()
 
