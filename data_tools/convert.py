@@ -31,7 +31,7 @@ from data_tools.sources import Origin, find_origins
 from data_tools.state import Outcome, Refused, State, is_whole, write_errors, write_refused
 from data_tools.tar import ShardWriter, directory_of
 
-_REPORT_EVERY = 256  # records
+_REPORT_EVERY = 1000  # records
 _MAPPED = 64 << 20  # bytes of an LMDB to have mapped at once: mapped pages count as memory of the process
 
 
