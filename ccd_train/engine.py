@@ -155,6 +155,10 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
         }
         self.stage = int(content.get("zero_optimization", {}).get("stage", 0))
+        if self.stage == 3:
+            # DeepSpeed's own linear layer, which takes torch's place, rounds before it adds the bias: bf16 would differ
+            # from the other stages. What it saves, whole weights kept for the backward pass, is little here.
+            content["zero_optimization"].setdefault("memory_efficient_linear", False)
         self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._names = {id(parameter): name for name, parameter in student.named_parameters()}
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its operators
@@ -378,4 +382,7 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # On CPUs it would compile an all-reduce through shared memory at the first start. gloo needs no compiler, leaves
+    # nothing behind when it is killed, and does not wait for ever for a rank that is gone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -87,8 +87,7 @@ def test_stages_agree_under_bf16(tiny: Tiny, tmp_path: Path) -> None:
         config = replace(small(tiny, tmp_path / f"run{stage}"), deepspeed=file)
         ((figures, _, _),), _ = run_ranks(2, several, [config], 10)
         losses.append([step["loss"] for step in figures])
-    assert losses[0] == losses[1]
-    assert losses[2] == pytest.approx(losses[0], rel=0.02)  # its weights lie elsewhere in memory: kernels round apart
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_clipping_and_accumulation(tiny: Tiny, tmp_path: Path) -> None:
