@@ -1,18 +1,22 @@
-"""torchrun for our wrappers: without its tracebacks, and patient when it is told to stop.
+"""torchrun for our wrappers: patient when it is told to stop, and one line instead of a traceback.
 
     python -m launch.torchrun --standalone --nproc_per_node 2 -m ccd_train pretrain …       torchrun's own options
 
 torchrun passes a signal on to its workers, kills them after 30 s, and ends with a traceback of its own whatever they
-did. A worker that saves may need longer, and what it did is in `outcome.json`.
+did. A worker that saves may need longer, and what it did is in `outcome.json`. Where several nodes meet, each says that
+it is there, so that the log shows which of them is not.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from argparse import Namespace
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
 SHUTDOWN_SECONDS = 600
@@ -22,11 +26,44 @@ def main(argv: list[str]) -> int:
     """0 if all workers of this machine ended with 0, else 1."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's choice, without its five lines about it
+    arguments = parse_args(argv)
+    place = meeting_place(arguments)
+    node = socket.gethostname()
     try:
-        run(parse_args(argv))
+        if place:
+            print(
+                f"{node} ({own_address(place)}): {arguments.nproc_per_node} processes, meeting at {place}", flush=True
+            )
+        run(arguments)
     except (SignalException, ChildFailedError):
         return 1
+    except socket.gaierror as error:
+        print(f"error: {node} cannot resolve {place} ({error.strerror}); check the host's name", file=sys.stderr)
+        return 1
+    except (RendezvousConnectionError, RendezvousTimeoutError):
+        print(
+            f"error: {node}: not all {arguments.nnodes} nodes met at {place}; those that came said so. Look at the "
+            "others' logs, at the port there, and at the interfaces between the nodes (GLOO_SOCKET_IFNAME)",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def meeting_place(arguments: Namespace) -> str:
+    """HOST:PORT where the nodes of this job meet; empty where there is one node only."""
+    if arguments.standalone or arguments.nnodes in ("1", "1:1"):
+        return ""
+    return arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+
+
+def own_address(place: str) -> str:
+    """The address by which this node goes to another. Raises socket.gaierror where that has no address."""
+    host, _, port = place.rpartition(":")
+    family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # nothing is sent: UDP only chooses the way
+        return str(probe.getsockname()[0])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,31 @@ def test_no_option_is_a_prefix_of_one_of_torchruns() -> None:
     for ours in [*option_names(Config), "config", "help", "print_config"]:
         if ours != "help":  # torchrun's own, as everywhere
             assert not [option for option in theirs if option.startswith(ours)], ours
+
+
+def meet(place: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """One node of two that shall meet."""
+    size = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", place, *options]
+    return finish([sys.executable, "-m", "launch.torchrun", *size, "-m", "ccd_train", "pretrain", "--help"])
+
+
+def test_a_host_without_an_address_is_one_line() -> None:
+    result = meet("no-such-host.invalid:29500")
+    assert result.returncode == 1
+    assert "cannot resolve no-such-host.invalid:29500" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_come_is_one_line_and_those_that_came_are_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    result = meet(place, "--rdzv_conf", "join_timeout=2")
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"{socket.gethostname()} (127.0.0.1): 1 processes, meeting at {place}")
+    assert "not all 2 nodes met" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
 
 
 REMOTE_SHELL = """#!/bin/bash
