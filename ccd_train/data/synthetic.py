@@ -45,10 +45,13 @@ class Word:
     mask: bytes
 
 
-def render(seed: int, index: int, fonts: Sequence[str]) -> Word:
-    """Renders word `index` of the corpus `seed`. `fonts`: files from `find_fonts`; empty means Pillow's own font."""
+def render(seed: int, index: int, fonts: Sequence[str], alphabet: str = "") -> Word:
+    """Renders word `index` of the corpus `seed`. `fonts`: files from `find_fonts`; empty means Pillow's own font.
+
+    Of an `alphabet`, words are 3 to 7 of its characters at random.
+    """
     rng = np.random.default_rng((seed, index))
-    label = _text(rng)
+    label = "".join(rng.choice(list(alphabet), rng.integers(3, 8))) if alphabet else _text(rng)
     size = round(float(np.exp(rng.uniform(np.log(16), np.log(72)))))
     glyphs = _glyphs(rng, label, fonts[int(rng.integers(len(fonts)))] if fonts else "", size)
     glyphs = _perspective(rng, glyphs)
