@@ -7,7 +7,8 @@
                            layout.json           which rank's file holds which piece of which parameter
                            COMPLETE              size and sha256 of every file; written last
         latest             names the newest complete one
-        writing_step_…     a save that goes on, or that was killed; removed by the next one
+        writing_step_…     a save that goes on behind the steps, or that was killed; removed by the next one
+        removing_step_…    an old one on its way out, or left by a kill; likewise
         step_….damaged     a checkpoint whose hashes did not hold
 
 A checkpoint is written under its temporary name by all ranks, then COMPLETE, then the folder gets its name. A kill at
@@ -20,6 +21,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,34 +47,48 @@ COMPLETE = "COMPLETE"
 CENTER = "center"  # beside the teacher's weights
 
 
-def save(run_dir: Path, engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> str | None:
-    """Writes the checkpoint of state["step"] (all ranks together); None, or why it could not be written."""
-    folder = run_dir / "checkpoints"
-    name = step_name(state["step"])
-    temporary = folder / f"writing_{name}"
-    error = _on_rank_0(lambda: _make_room(folder, temporary))
-    if error:
-        return error
-    written, failure = engine.save(folder, temporary.name)
-    tensors = teacher.state_dict() | {CENTER: center.value.cpu()}
-    layout = distributed.gather_objects(
-        [(f.name, f.start, len(f.master), f.flat, f.flat_start) for f in engine.fragments]
-    )
-    if distributed.rank() == 0 and failure is None:
+class Save:
+    """A checkpoint on its way to the disk: a snapshot of one step, written and hashed behind the next ones."""
+
+    def __init__(self, run_dir: Path, engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> None:
+        """Takes the snapshot of state["step"] (all ranks together) and begins to write it."""
+        began = time.monotonic()
+        self.step: int = state["step"]
+        self._folder = run_dir / "checkpoints"
+        self._temporary = self._folder / f"writing_{step_name(self.step)}"
+        self._written: dict[str, Digest] = {}
+        self._problem = _on_rank_0(lambda: _make_room(self._folder, self._temporary))
+        contents = {} if self._problem else _snapshot(engine, teacher, center, state)
+        self.seconds = time.monotonic() - began
+        """What the save took of this rank, so far."""
+        self._thread = threading.Thread(target=self._write, args=(contents,), name="save")
+        self._thread.start()
+
+    def written(self) -> bool:
+        """Whether this rank has nothing more to write."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> str | None:
+        """Waits for all ranks and makes it a checkpoint (all ranks together); None, or why it is none."""
+        self._thread.join()
+        outcomes = distributed.gather_objects((self._written, self._problem))
+        problem = next((f"rank {rank}: {found}" for rank, (_, found) in enumerate(outcomes) if found), None)
+        if problem is None:
+            files = {name: digest for written, _ in outcomes for name, digest in written.items()}
+            problem = _on_rank_0(lambda: _complete(self._temporary, self._folder / step_name(self.step), files))
+        if problem and distributed.rank() == 0:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        return problem
+
+    def _write(self, contents: dict[str, memoryview | bytes]) -> None:
+        began = time.monotonic()
         try:
-            written["teacher.safetensors"] = write_file(
-                temporary / "teacher.safetensors", safetensors.torch.save(tensors)
-            )
-            written["state.json"] = write_file(temporary / "state.json", json.dumps(state, indent=2).encode())
-            written["layout.json"] = write_file(temporary / "layout.json", json.dumps(layout).encode())
-        except OSError as problem:
-            failure = problem
-    outcomes = distributed.gather_objects((written, failure and str(failure)))
-    for rank, (_, message) in enumerate(outcomes):
-        if message:
-            return f"rank {rank}: {message}"
-    files = {file: digest for written, _ in outcomes for file, digest in written.items()}
-    return _on_rank_0(lambda: _complete(folder, temporary, name, files))
+            while contents:
+                name, content = contents.popitem()
+                self._written[name] = write_file(self._temporary / name, content)
+        except OSError as error:
+            self._problem = str(error)
+        self.seconds += time.monotonic() - began
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -114,9 +131,7 @@ def read_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     teacher.pop(CENTER)
     whole, module = read_whole(checkpoint)
     student = {name: value.float() for name, value in module.items()}
-    for name, parts in whole.items():
-        shape = module[name].shape if module[name].numel() else teacher[name].shape
-        student[name] = parts["fp32"].view(shape)
+    student |= {name: parts["fp32"].view(module[name].shape) for name, parts in whole.items()}
     return {"teacher": teacher, "student": student}
 
 
@@ -139,7 +154,7 @@ def open_weights(path: Path, heads: int | None = None) -> Weights:
 
 def read_whole(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The student put together from the files of all ranks: {parameter: {"fp32", "exp_avg", "exp_avg_sq" flattened,
-    "step"}}, and DeepSpeed's own `module` weights and buffers, which are low precision, or empty at stage 3.
+    "step"}}, and DeepSpeed's own weights and buffers by name, of which those in `whole` are good for their shape only.
     """
     stage = read_state(checkpoint)["deepspeed"]["stage"]
     layout = json.loads((checkpoint / "layout.json").read_text(encoding="utf8"))
@@ -160,6 +175,10 @@ def read_whole(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
             for key, value in flats.items():
                 parts[key][start : start + size] = value.view(-1)[flat_start : flat_start + size]
             parts["step"] = states[flat]["step"]
+    if stage == 3:  # it saves its parameters as empty tensors
+        shapes = {name: shape for group in main["param_shapes"] for name, shape in group.items()}
+        module |= {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        module |= _frozen(checkpoint, len(layout), main["frozen_param_shapes"])
     return whole, module
 
 
@@ -171,7 +190,10 @@ def thin(run_dir: Path, keep: int, keep_every: int) -> None:
     for path in complete[:-keep]:
         if not keep_every or step_of(path) % keep_every:
             doomed = path.with_name(f"removing_{path.name}")
-            os.replace(path, doomed)  # first it stops being a checkpoint, then its files go
+            try:
+                os.replace(path, doomed)  # first it stops being a checkpoint, then its files go
+            except OSError as error:
+                log.warning("the old checkpoint %s stays: %s", path, error)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -209,14 +231,30 @@ def _make_room(folder: Path, temporary: Path) -> None:
     for pattern in ("writing_*", "removing_*"):
         for left in folder.glob(pattern):
             shutil.rmtree(left)
+    for left in folder.glob(".latest.*"):
+        left.unlink()
     temporary.mkdir()
 
 
-def _complete(folder: Path, temporary: Path, name: str, files: dict[str, Digest]) -> None:
+def _snapshot(engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> dict[str, memoryview | bytes]:
+    """This rank's files by name, in memory."""
+    contents: dict[str, memoryview | bytes] = {**engine.snapshot()}
+    tensors = teacher.state_dict() | {CENTER: center.value.cpu()}
+    layout = distributed.gather_objects(
+        [(f.name, f.start, len(f.master), f.flat, f.flat_start) for f in engine.fragments]
+    )
+    if distributed.rank() == 0:
+        contents["teacher.safetensors"] = safetensors.torch.save(tensors)
+        contents["state.json"] = json.dumps(state, indent=2).encode()
+        contents["layout.json"] = json.dumps(layout).encode()
+    return contents
+
+
+def _complete(temporary: Path, final: Path, files: dict[str, Digest]) -> None:
     write_file(temporary / COMPLETE, json.dumps(files, indent=2).encode())
     sync_folder(temporary)
-    os.replace(temporary, folder / name)
-    replace_file(folder / "latest", f"{name}\n".encode())
+    os.replace(temporary, final)
+    replace_file(final.with_name("latest"), f"{final.name}\n".encode())
 
 
 def _on_rank_0(work: Callable[[], None]) -> str | None:
@@ -251,6 +289,15 @@ def _optimizer_of(
     if stage == 3:
         return lambda name, flat: states["fp32_flat_groups"][flat], states["optimizer_state_dict"]["state"]
     return lambda name, flat: states["single_partition_of_fp32_groups"][flat], states["base_optimizer_state"]["state"]
+
+
+def _frozen(checkpoint: Path, ranks: int, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The parameters that are in no optimiser, which stage 3 cuts into equal parts, the last padded."""
+    if not shapes:
+        return {}
+    files = [_read(checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
+    pieces = {name: [file["frozen_param_fragments"][name] for file in files] for name in shapes}
+    return {name: torch.cat(pieces[name])[: shape.numel()].view(shape) for name, shape in shapes.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from ccd_train import distributed
 from ccd_train.config import Config
 from ccd_train.errors import UserError
-from ccd_train.files import Digest, write_file
 
 # DeepSpeed's keys that our configuration owns, and the field to set instead.
 OURS = {
@@ -58,34 +57,28 @@ class Fragment:
 
 
 class Files:
-    """DeepSpeed's checkpoint engine of this run: writes through `write_file` and keeps what was written.
+    """DeepSpeed's checkpoint engine of this run: keeps what is to be written in memory, for checkpoint.py to write.
 
-    A full disk on one rank must not leave the others in DeepSpeed's barriers: an error of the file system is kept in
-    `error`, for all ranks to agree on afterwards, instead of raised.
+    So no rank meets a full disk between DeepSpeed's barriers, where the others would wait for it.
     """
 
     def __init__(self) -> None:
-        self.written: dict[str, Digest] = {}
-        self.error: OSError | None = None
+        self.contents: dict[str, memoryview] = {}
 
     def create(self, info: Any) -> None:
-        self.written, self.error = {}, None
+        self.contents = {}
 
     def save(self, state_dict: Any, path: str) -> None:
-        if self.error is None:
-            buffer = io.BytesIO()
-            torch.save(state_dict, buffer)
-            try:
-                self.written[Path(path).name] = write_file(Path(path), buffer.getbuffer())
-            except OSError as error:
-                self.error = error
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        self.contents[Path(path).name] = buffer.getbuffer()
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Of our own files, whose hashes were checked: they hold DeepSpeed's own classes."""
         return torch.load(path, map_location=map_location, weights_only=False)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folder is made by checkpoint.py, before any rank writes."""
+        """The folder is made by checkpoint.py."""
 
     def commit(self, info: Any) -> bool:
         return True
@@ -121,6 +114,13 @@ def read_deepspeed_file(name: str | None) -> tuple[str, dict[str, Any]]:
     for key in content:
         if key in OURS:
             raise UserError(f"--deepspeed {name}: {key} does not belong there; remove it and set {OURS[key]}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and any(content.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+        # its optimiser there takes a step of its own, with zero gradients, before the first one
+        raise UserError(
+            f"--deepspeed {name}: bf16 and fp16 need ZeRO stage 1 or more; set zero_optimization.stage, "
+            "or take zero0_autocast_bf16"
+        )
     if content.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
         raise UserError(f"--deepspeed {name}: fp16 needs a GPU; on CPUs take zero1_fp32 or zero1_bf16")
     return name, content
@@ -251,13 +251,14 @@ class Engine:
         self._engine.micro_steps += 1
         return False
 
-    def save(self, folder: Path, tag: str) -> tuple[dict[str, Digest], OSError | None]:
-        """This rank's part of DeepSpeed's checkpoint into folder/tag: the files written, or why they could not be."""
-        # DeepSpeed's own conversion to its universal format wants the second key.
+    def snapshot(self) -> dict[str, memoryview]:
+        """This rank's files of a DeepSpeed checkpoint, by name, in memory (all ranks together)."""
+        # DeepSpeed's own conversion to its universal format wants that key.
         self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state={"universal_checkpoint_info": {}}, save_latest=False
+            "memory", tag="snapshot", client_state={"universal_checkpoint_info": {}}, save_latest=False
         )
-        return self._files.written, self._files.error
+        contents, self._files.contents = self._files.contents, {}
+        return contents
 
     def load(self, folder: Path, tag: str) -> None:
         """Restores weights, buffers, optimiser and loss scale, from as many ranks and the same description."""
@@ -281,10 +282,14 @@ class Engine:
             state["step"].copy_(whole[fragment.name]["step"])
         targets = dict(self.student.named_buffers()) | dict(self.student.named_parameters())
         for name, value in module.items():
-            if (
-                targets[name].shape == value.shape
-            ):  # stage 3 shows its parameters as empty; the frozen ones never change
+            if name in whole:
+                continue
+            held = getattr(targets[name], "ds_tensor", None)  # stage 3: this rank's part of a frozen parameter
+            if held is None:
                 targets[name].copy_(value)
+            else:
+                mine = value.flatten()[distributed.rank() * held.ds_numel :][: held.ds_numel]
+                held.data[: len(mine)].copy_(mine)
         if self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:

@@ -41,8 +41,12 @@ def digest(path: Path) -> Digest:
 def replace_file(path: Path, content: bytes) -> None:
     """Puts a new content in place of a file's old one: readers see either, never a half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_file(temporary, content)
-    os.replace(temporary, path)
+    try:
+        write_file(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -63,6 +63,8 @@ class Step:
     """Seconds in which this rank waited for data."""
     stop: bool
     """Some rank was asked to stop; the same on all ranks."""
+    written: bool
+    """All ranks have written their part of the checkpoint under way; the same on all ranks."""
     seen: Seen
 
 
@@ -78,7 +80,7 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
         regions_from_student=now.regions_from_student, min_region_pixels=config.min_region_pixels,
     )  # fmt: skip
     targets = run.teacher.ready()(regular, irregular, student.regions)
-    characters = torch.tensor(float(student.regions.characters()), device=device)
+    characters = torch.full((), float(student.regions.characters()), device=device)  # a fill: the device is not awaited
     distillation = distillation_loss(
         student.projections, targets, run.center.value,
         student_temperature=config.student_temperature, teacher_temperature=config.teacher_temperature,
@@ -100,7 +102,7 @@ def train_step(run: Run, logged: bool) -> Step:
     engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
     moving = [center.value, *engine.student.buffers()]  # what a forward pass changes: a skipped step gives it back
     before = [value.clone() for value in moving]
-    sums = torch.zeros(5, device=distributed.device())
+    sums = torch.zeros(6, device=distributed.device())
     for micro_step in range(run.accumulation):
         began = time.monotonic()
         run.watch.at(step, "data")
@@ -119,6 +121,7 @@ def train_step(run: Run, logged: bool) -> Step:
     run.watch.at(step, "update")
     norms = engine.gradient_norms()
     sums[3], sums[4] = norms.square().sum(), run.stop.wanted()
+    sums[5] = run.pending is not None and run.pending.written()
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
     if finite and config.optimizer.clip_gradient:
@@ -128,9 +131,11 @@ def train_step(run: Run, logged: bool) -> Step:
         run.teacher.update(now.momentum)
     else:
         torch._foreach_copy_(moving, before)
+    if logged:
+        statistics["center_norm"] = center.value.norm()
     advance(run, applied, torch.cat(sample_ids))
     figures = figures_of(run, now, totals) | {name: value.item() for name, value in statistics.items()}
-    return Step(figures, waited, stop=totals[4] > 0, seen=losses.seen)
+    return Step(figures, waited, totals[4] > 0, totals[5] == distributed.world_size(), losses.seen)
 
 
 def advance(run: Run, applied: bool, sample_ids: Tensor) -> None:
@@ -175,7 +180,6 @@ def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
         "momentum": now.momentum,
         "grad_norm": math.sqrt(totals[3] / ranks) if math.isfinite(totals[3]) else math.nan,
         "characters": totals[2] / run.global_batch,
-        "center_norm": run.center.value.norm().item(),
         "loss_scale": run.engine.loss_scale,
         "skipped_steps": progress.skipped_steps,
         "damaged_samples": run.batches.damaged,
@@ -204,8 +208,10 @@ def train(run: Run, metrics: Metrics | None) -> bool:
         if logged:
             began, waited, steps = time.monotonic(), 0.0, 0
         finished = progress.step == run.last_step
+        if step.written:
+            run.finish_save()
         if step.stop or finished or progress.step % config.checkpoint.every_steps == 0:
-            run.save()
+            run.save(wait=step.stop or finished)
         if step.stop and not finished:
             return False
     return True
@@ -229,7 +235,8 @@ def live(config: Config) -> tuple[int, str]:
     try:
         if train(run, metrics):
             return FINISHED, f"{run.progress.step} steps, {run.progress.position} samples; the run is in {run.run_dir}"
-        reason = f"{run.stop.reason()}: saved after step {run.progress.step} of {run.last_step}"
+        done = "stopped, but not saved," if run.failed_saves else "saved"
+        reason = f"{run.stop.reason()}: {done} after step {run.progress.step} of {run.last_step}"
         return UNFINISHED, f"{reason}; start the same command again to go on"
     except torch.OutOfMemoryError:
         peak = torch.cuda.max_memory_allocated() / 2**30

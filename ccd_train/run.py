@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -61,7 +61,10 @@ class Run:
     progress: Progress
     stop: Stop
     watch: Watch
-    failed_saves: int = field(default=0)
+    pending: checkpoint.Save | None = None
+    """The checkpoint that is being written behind the steps."""
+    failed_saves: int = 0
+    """In a row, up to now."""
 
     @property
     def accumulation(self) -> int:
@@ -72,31 +75,43 @@ class Run:
         """Of the step that comes next."""
         return rates(self.config, self.global_batch, self.progress.samples)
 
-    def save(self) -> None:
-        """Writes a checkpoint (all ranks together); goes on where that fails, but not for ever."""
-        config, state = self.config, self.progress
-        self.watch.at(state.step, "save")
-        began = self.stop.clock()
+    def save(self, wait: bool = True) -> None:
+        """Begins a checkpoint of this step (all ranks together), and waits for it, or leaves it to `finish_save`."""
+        self.finish_save()  # the one before: the disk is slower than the interval
+        self.watch.at(self.progress.step, "save")
         description = {
-            **asdict(state),
-            "seed": config.seed,
+            **asdict(self.progress),
+            "seed": self.config.seed,
             "corpus": self.corpus.hash,
             "global_batch_size": self.global_batch,
             "world_size": distributed.world_size(),
             "deepspeed": self.engine.description,
             "loss_scale": self.engine.loss_scale,
-            "settings": to_dict(config),
+            "settings": to_dict(self.config),
         }
-        problem = checkpoint.save(self.run_dir, self.engine, self.teacher, self.center, description)
+        self.pending = checkpoint.Save(self.run_dir, self.engine, self.teacher, self.center, description)
+        if wait:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Completes the checkpoint under way, if any (all ranks together); goes on where it fails, but not for ever."""
+        if self.pending is None:
+            return
+        self.watch.at(self.progress.step, "save")
+        save, self.pending = self.pending, None
+        problem = save.finish()
+        self.stop.save_seconds = max(self.stop.save_seconds, save.seconds)
         if problem is None:
             self.failed_saves = 0
-            checkpoint.thin(self.run_dir, config.checkpoint.keep, config.checkpoint.keep_every)
-            self.stop.save_seconds = max(self.stop.save_seconds, self.stop.clock() - began)
+            checkpoint.thin(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
             return
         self.failed_saves += 1
-        log.warning("step %d: no checkpoint could be written (%s); the run goes on", state.step, problem)
-        if self.failed_saves >= FAILED_SAVES or self.progress.step >= self.last_step:
-            raise TrainingError(f"{self.failed_saves} checkpoints in a row could not be written, the last: {problem}")
+        log.warning("step %d: its checkpoint could not be written (%s); the run goes on", save.step, problem)
+        if self.failed_saves >= FAILED_SAVES or save.step >= self.last_step:
+            raise TrainingError(
+                f"{self.failed_saves} checkpoints in a row could not be written, the last: {problem}; "
+                "make room, then start the same command again"
+            )
 
     def close(self) -> None:
         self.watch.close()
@@ -126,6 +141,9 @@ def begin(config: Config) -> Run:
     shared = student.state_dict()
     network.load_state_dict({name: shared[name] for name in network.state_dict()})
     accumulation = global_batch // (config.train.micro_batch_size * distributed.world_size())
+    if config.train.compile:
+        student.vit.compile()  # in place: the parameters keep their names
+        network.vit.compile()
     engine = Engine(student, config, accumulation)
     teacher = Teacher(engine, network)
     center = Center(config.model.prototypes, distributed.device())

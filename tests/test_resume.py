@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,16 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from conftest import Tiny
 from ranks import run_ranks
 from test_engine import SMALL, equal, small, stage_file, steps
+from torch import Tensor
 
 from ccd_train import checkpoint
 from ccd_train.config import Config
-from ccd_train.run import begin
+from ccd_train.files import write_file
+from ccd_train.run import Run, begin
 
 TIMES = {"samples_per_second", "data_wait"}
 
@@ -34,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(recipe: Path, shards: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
+def command(recipe: Path | str, shards: Path, run_dir: Path, ranks: int, *more: str) -> list[str]:
     arguments = ["--config", str(recipe), "--run_dir", str(run_dir), "--data.shards", str(shards), *more]
     launcher = [sys.executable, "-m"]
     if ranks > 1:
@@ -44,13 +47,16 @@ def command(recipe: Path, shards: Path, run_dir: Path, ranks: int, *more: str) -
 
 def live(run_dir: Path, arguments: list[str], until: Callable[[], bool] | None = None, number: int = 0) -> int:
     """One life of a run; sends signal `number` to all its processes as soon as `until` holds. Returns the exit code."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     limit = time.monotonic() + 200
     while until is not None and not until():
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0].decode()
         time.sleep(0.01)
     if until is not None:
-        os.killpg(process.pid, number)
+        launcher = psutil.Process(process.pid)
+        for member in (launcher, *launcher.children(recursive=True)):  # torchrun's workers have sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
     process.communicate(timeout=200)
     return process.returncode
 
@@ -184,3 +190,101 @@ def live_and_read(config: Config) -> tuple[Any, Any, Any]:
     assert found is not None
     run.close()
     return masters, run.teacher.state_dict(), checkpoint.read_weights(found)
+
+
+def gains(run: Run) -> dict[str, Tensor]:
+    """The frozen gain as student and teacher read it back from disk."""
+    found = checkpoint.newest(run.run_dir)
+    assert found is not None
+    return {name: part["projection.prototypes.gain"] for name, part in checkpoint.read_weights(found).items()}
+
+
+def frozen_gains(start: Config, stages: list[Config]) -> tuple[Tensor, list[tuple[str, dict[str, Tensor], Tensor]]]:
+    """Gains that were trained, then frozen by another run that moves from stage to stage: read back, and live."""
+    run = begin(start)
+    steps(run, 3)
+    run.save()
+    run.close()
+    trained, seen = gains(run)["student"], []
+    for config in stages:
+        run = begin(config)
+        steps(run, 1)
+        run.save()
+        run.close()
+        live = dict(run.teacher.network.named_parameters())["projection.prototypes.gain"].detach().clone()
+        seen.append((str(config.deepspeed), gains(run), live))
+    return trained, seen
+
+
+def test_frozen_gains_move_along(tiny: Tiny, tmp_path: Path) -> None:
+    """DeepSpeed's universal format forgets what is frozen; here nothing may."""
+    thawed = {"freeze_last_layer_samples": 0, "warmup_samples": 0}
+    start = small(tiny, tmp_path / "start", optimizer=thawed)
+    frozen = replace(small(tiny, tmp_path / "run", model={"freeze_gain": True}), init=tmp_path / "start")
+    stages = [replace(frozen, deepspeed=stage_file(tmp_path, stage)) for stage in (3, 3, 1, 3, 0)]
+    trained, seen = run_ranks(2, frozen_gains, start, stages)[0]
+    assert not torch.equal(trained, torch.ones_like(trained))
+    for stage, read, live in seen:
+        assert torch.equal(read["student"], trained), stage
+        assert torch.equal(read["teacher"], trained), stage
+        assert torch.equal(live, trained), stage
+
+
+def after_a_move(config: Config) -> dict[str, Any]:
+    """What the traps of DeepSpeed's universal format would leave wrong."""
+    run = begin(config)
+    count = [state["step"] for state in run.engine._base.state.values()]
+    before = [float(step) for step in count]
+    steps(run, 1)
+    found = {
+        "shared": len({step.data_ptr() for step in count}) < len(count),
+        "counts": (before, [float(step) for step in count]),
+        "rates": {(g["part"], g["decays"]): (g["lr"], g["weight_decay"]) for g in run.engine._base.param_groups},
+    }
+    run.close()
+    return found
+
+
+def test_moved_to_stage_3_the_groups_and_the_counters_are_their_own(tiny: Tiny, tmp_path: Path) -> None:
+    base = small(tiny, tmp_path / "run", train={"global_batch_size": 12}, optimizer={"freeze_last_layer_samples": 400})
+    alone = replace(base, deepspeed=stage_file(tmp_path, 1), train=replace(base.train, micro_batch_size=12))
+    run_ranks(1, save_and_go_on, alone)
+    moved = replace(base, deepspeed=stage_file(tmp_path, 3), train=replace(base.train, micro_batch_size=6))
+    for found in run_ranks(2, after_a_move, moved):
+        before, after = found["counts"]
+        assert not found["shared"] and set(before) == {5.0} and set(after) == {6.0}
+        lr, weight_decay = found["rates"]["shared", True]
+        assert lr > 0 and weight_decay > 0
+        for (part, decays), (group_lr, group_decay) in found["rates"].items():
+            assert group_lr == (0.0 if part == "prototypes" else lr)
+            assert group_decay == (weight_decay if decays else 0.0)
+
+
+def test_a_missing_or_lying_latest_changes_nothing(tmp_path: Path) -> None:
+    """DeepSpeed starts from nothing, without a word, where `latest` is missing; ours does not read it."""
+    folder = tmp_path / "checkpoints"
+    for step in (4, 8):
+        complete(folder / checkpoint.step_name(step))
+    (folder / "step_00000012").mkdir()  # not complete
+    assert checkpoint.newest(tmp_path) == folder / "step_00000008"
+    (folder / "latest").write_text("garbage")
+    assert checkpoint.newest(tmp_path) == folder / "step_00000008"
+
+
+def complete(folder: Path) -> None:
+    """A checkpoint of one file, whole."""
+    folder.mkdir(parents=True)
+    digest = write_file(folder / "state.json", b"{}")
+    write_file(folder / checkpoint.COMPLETE, json.dumps({"state.json": digest}).encode())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (4, 8):
+        complete(folder / checkpoint.step_name(step))
+    (folder / "step_00000008" / "state.json").write_bytes(b"[]")
+    assert checkpoint.newest(tmp_path) == folder / "step_00000004"
+    assert "step_00000008" in caplog.text and "state.json has changed" in caplog.text
+    assert (folder / "step_00000008.damaged").is_dir()

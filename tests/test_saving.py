@@ -1,0 +1,134 @@
+"""Saves that meet a full disk, a read-only file system or a rank of its own: the run goes on, and knows it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Tiny
+from ranks import run_ranks
+from test_engine import small, stage_file, steps
+
+from ccd_train import checkpoint, distributed
+from ccd_train.config import Config
+from ccd_train.errors import TrainingError
+from ccd_train.pretrain import train
+from ccd_train.run import begin
+
+MEGABYTE = 1 << 20
+
+
+class Lines(logging.Handler):
+    """What was logged, as text."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def listed(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def on_a_bad_disk(config: Config) -> dict[str, Any]:
+    """Saves where rank 1 alone may not write, where the disk is full, and where it is read-only."""
+    run, lines, seen = begin(config), Lines(), {}
+    checkpoints = run.run_dir / "checkpoints"
+    logging.getLogger("ccd_train").addHandler(lines)
+
+    def save(name: str) -> None:
+        steps(run, 1)
+        before = len(lines.texts)
+        run.save()
+        found = checkpoint.newest(run.run_dir)
+        seen[name] = (run.failed_saves, found and found.name, lines.texts[before:], listed(run.run_dir))
+
+    def on_rank_0(*command: str) -> None:
+        distributed.barrier()
+        if distributed.rank() == 0:
+            subprocess.run(command, check=True, capture_output=True)
+        distributed.barrier()
+
+    save("good")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    save("rank 1 cannot")
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    on_rank_0("sh", "-c", f"cat /dev/zero > {checkpoints}/filler || true")
+    save("full")
+    on_rank_0("rm", f"{checkpoints}/filler")
+    save("good again")
+    on_rank_0("mount", "-o", "remount,ro", str(checkpoints))
+    save("read-only")
+    save("read-only still")
+    steps(run, 1)
+    with pytest.raises(TrainingError) as caught:
+        run.save()
+    seen["end"] = str(caught.value)
+    run.close()
+    return seen
+
+
+def test_a_disk_that_fails_leaves_the_last_good_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    config = replace(small(tiny, tmp_path / "run"), deepspeed=stage_file(tmp_path, 1))
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("needs a root that may mount")
+    try:
+        results = run_ranks(2, on_a_bad_disk, config)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    for seen in results:  # the same on both ranks, their logs too
+        assert seen["good"] == (0, "step_00000001", [], ["latest", "step_00000001"])
+        failures, newest, (line,), left = seen["rank 1 cannot"]
+        assert (failures, newest, left) == (1, "step_00000001", ["latest", "step_00000001"])
+        assert "step 2" in line and "rank 1" in line and "File too large" in line
+        failures, newest, (line,), left = seen["full"]
+        assert (failures, newest, left) == (2, "step_00000001", ["filler", "latest", "step_00000001"])
+        assert "No space left on device" in line
+        assert seen["good again"] == (0, "step_00000004", [], ["latest", "step_00000001", "step_00000004"])
+        for name, count in (("read-only", 1), ("read-only still", 2)):
+            failures, newest, (line,), _ = seen[name]
+            assert (failures, newest) == (count, "step_00000004") and "Read-only file system" in line
+        assert seen["end"].startswith("3 checkpoints in a row could not be written") and "Read-only" in seen["end"]
+
+
+def behind_the_steps(config: Config) -> tuple[list[str], list[str], float]:
+    """A training whose checkpoint folder vanishes on the way."""
+    run = begin(config)
+    run.last_step = 9
+    train(run, None)
+    distributed.barrier()  # rank 0 removes old ones
+    first = listed(run.run_dir)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(run.run_dir / "checkpoints")
+    distributed.barrier()
+    steps(run, 1)
+    run.save()
+    run.close()
+    distributed.barrier()
+    return first, listed(run.run_dir), run.stop.save_seconds
+
+
+def test_saves_are_written_behind_the_steps_and_a_vanished_folder_is_made_anew(tiny: Tiny, tmp_path: Path) -> None:
+    config = replace(small(tiny, tmp_path / "run", checkpoint={"every_steps": 2, "keep": 2}), max_steps=10)
+    for first, after, seconds in run_ranks(2, behind_the_steps, config):
+        assert first == ["latest", "step_00000008", "step_00000009"]
+        assert after == ["latest", "step_00000010"]
+        assert seconds > 0
