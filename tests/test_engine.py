@@ -105,6 +105,28 @@ def test_clipping_and_accumulation(tiny: Tiny, tmp_path: Path) -> None:
         assert [step["loss"] for step in figures] == pytest.approx(reference, rel=1e-5)
 
 
+def test_activation_checkpointing_gives_the_same_losses(tiny: Tiny, tmp_path: Path) -> None:
+    configs = [
+        small(tiny, tmp_path / f"run{again}", train={"activation_checkpointing": again}) for again in (False, True)
+    ]
+    (plain, _, _), (recomputed, _, _) = run_ranks(1, several, configs, 4)[0]
+    assert [step["loss"] for step in recomputed] == [step["loss"] for step in plain]
+    assert [step["grad_norm"] for step in recomputed] == [step["grad_norm"] for step in plain]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_compiled_backbone_gives_the_same_losses(tiny: Tiny, tmp_path: Path, stage: int) -> None:
+    file = stage_file(tmp_path, stage)
+    configs = [
+        replace(small(tiny, tmp_path / f"run{compiled}", train={"compile": compiled}), deepspeed=file)
+        for compiled in (False, True)
+    ]
+    (plain, teacher, _), (compiled, compiled_teacher, _) = run_ranks(1, several, configs, 4)[0]
+    assert [step["loss"] for step in compiled] == pytest.approx([step["loss"] for step in plain], rel=1e-3)
+    assert compiled_teacher.keys() == teacher.keys()
+
+
 def gradients_after_clipping(config: Config) -> tuple[Tensor, Tensor]:
     run = begin(config)
     for group in run.engine._base.param_groups:
@@ -266,5 +288,9 @@ def test_deepspeed_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_deepspeed_file(str(broken))
     with pytest.raises(UserError, match=r"there are .*zero1_fp32"):
         read_deepspeed_file("zero9")
+    for kind in ("bf16", "fp16"):  # its optimiser at stage 0 takes a step of its own
+        (tmp_path / "zero0.json").write_text(json.dumps({kind: {"enabled": True}}))
+        with pytest.raises(UserError, match=r"need ZeRO stage 1 or more.*zero0_autocast_bf16"):
+            read_deepspeed_file(str(tmp_path / "zero0.json"))
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         read_deepspeed_file("zero1_fp16")
