@@ -28,7 +28,7 @@ setup(
         "deepspeed>=0.18",
         "lmdb>=1.4",
         "webdataset>=1.0",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "Pillow>=10.1",
         "opencv-python>=4.9",
         "tensorboard>=2.15",

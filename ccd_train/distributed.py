@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from ccd_train.errors import UserError
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -39,6 +43,15 @@ def local_world_size() -> int:
 def device() -> torch.device:
     """This rank's device: its GPU where there are any, else the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def end_with_launcher() -> None:
+    """Has this process told to stop (SIGTERM) when the launcher that started it is killed: no rank goes on alone.
+
+    Linux only; a process that was started without a launcher goes on, as under nohup.
+    """
+    if "RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def initialize(timeout_seconds: float) -> None:

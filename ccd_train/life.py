@@ -7,6 +7,7 @@ RUN/outcome.json       how the last life ended: finished, refused, failed, or un
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from ccd_train import distributed
 from ccd_train.config import Config, identity
@@ -29,6 +30,7 @@ from ccd_train.options import describe, to_dict
 log = logging.getLogger(__name__)
 
 WORDS = {FINISHED: "finished", REFUSED: "refused", FAILED: "failed", UNFINISHED: "unfinished"}
+LOCK_SECONDS = 60.0  # for the life before this one to save and end
 PACKAGES = ("torch", "deepspeed", "numpy", "opencv-python", "webdataset", "lmdb", "safetensors")
 
 
@@ -77,6 +79,30 @@ def open_run_dir(config: Config) -> Path:
                     f"--run_dir {config.run_dir}: {error.strerror}; name a folder you may write to"
                 ) from None
     return config.run_dir
+
+
+def lock(run_dir: Path, patience: float = LOCK_SECONDS) -> IO[str] | None:
+    """Holds the run folder for this life (rank 0) until the file is closed, or the process ends in whatever way.
+
+    A life that was told to stop gets a minute to save. UserError on every rank where another one is alive after that.
+    """
+    if distributed.rank() != 0:
+        return None
+    file = (run_dir / "lock").open("a")
+    limit = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                raise UserError(
+                    f"{run_dir} is in use by another process that trains; stop that, or wait for it"
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            log.warning("%s: its file system has no locks; see to it that no two runs write there", run_dir)
+            return file
 
 
 def claim(run_dir: Path, config: Config, corpus: str, global_batch: int | None) -> int | None:

@@ -256,6 +256,7 @@ def live(config: Config) -> tuple[int, str]:
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO if distributed.rank() == 0 else logging.WARNING)
+    distributed.end_with_launcher()
     config = parse(Config, argv, "ccd-train pretrain")
     try:
         code, message = live(config)

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -17,7 +18,7 @@ from ccd_train.data.shards import Corpus
 from ccd_train.ema import Teacher
 from ccd_train.engine import Engine
 from ccd_train.errors import UNFINISHED, TrainingError, UserError
-from ccd_train.life import Stop, claim, describe_run, open_run_dir, write_outcome
+from ccd_train.life import Stop, claim, describe_run, lock, open_run_dir, write_outcome
 from ccd_train.losses import Center
 from ccd_train.models import ccd
 from ccd_train.options import to_dict
@@ -61,6 +62,8 @@ class Run:
     progress: Progress
     stop: Stop
     watch: Watch
+    lock: IO[str] | None
+    """What keeps a second run out of the folder; rank 0 only."""
     pending: checkpoint.Save | None = None
     """The checkpoint that is being written behind the steps."""
     failed_saves: int = 0
@@ -116,6 +119,8 @@ class Run:
     def close(self) -> None:
         self.watch.close()
         self.batches.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def begin(config: Config) -> Run:
@@ -123,6 +128,8 @@ def begin(config: Config) -> Run:
     run_dir = open_run_dir(config)
     stop = Stop(config.max_minutes)
     use_threads(config)
+    with distributed.together():
+        held = lock(run_dir)
     with distributed.together():
         corpus = Corpus.open(config.data.shards, config.data.exclude)
     with distributed.together():
@@ -176,7 +183,7 @@ def begin(config: Config) -> Run:
     watch = Watch(config.distributed.timeout, lambda message: write_outcome(run_dir, UNFINISHED, message, mine=False))
     return Run(
         config, run_dir, corpus, global_batch, last_step, engine, teacher, center, augmentation, batches, progress,
-        stop, watch,
+        stop, watch, held,
     )  # fmt: skip
 
 

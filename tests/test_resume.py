@@ -24,7 +24,9 @@ from torch import Tensor
 
 from ccd_train import checkpoint
 from ccd_train.config import Config
+from ccd_train.errors import UserError
 from ccd_train.files import write_file
+from ccd_train.life import lock
 from ccd_train.run import Run, begin
 
 TIMES = {"samples_per_second", "data_wait"}
@@ -288,3 +290,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert checkpoint.newest(tmp_path) == folder / "step_00000004"
     assert "step_00000008" in caplog.text and "state.json has changed" in caplog.text
     assert (folder / "step_00000008.damaged").is_dir()
+
+
+def test_a_killed_launcher_takes_its_workers_with_it(tiny: Tiny, recipe: Path, tmp_path: Path) -> None:
+    """They are told to stop: they save, and a new life waits for them instead of writing beside them."""
+    run_dir = tmp_path / "run"
+    arguments = command(recipe, tiny.shards, run_dir, 2, "--train.total_samples", "100000")
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    limit = time.monotonic() + 200
+    while len(metrics(run_dir)) < 3:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+    assert outcome(run_dir)["outcome"] == "unfinished"
+    found = checkpoint.newest(run_dir)
+    assert found is not None and checkpoint.step_of(found) == len(metrics(run_dir))
+
+
+def test_two_lives_at_once_are_refused(tmp_path: Path) -> None:
+    first = lock(tmp_path)
+    assert first is not None
+    with pytest.raises(UserError, match="in use by another process"):
+        lock(tmp_path, patience=0.5)
+    first.close()
+    again = lock(tmp_path, patience=0.5)
+    assert again is not None
+    again.close()
