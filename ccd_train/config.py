@@ -97,7 +97,7 @@ class Model:
     freeze_gain: bool = False
     """Keep the gain of the weight-normalised last layer at 1 (official: base only)."""
     initial_std: float = 0.02
-    """Standard deviation of the initial weights of linear layers; narrow networks want about 1 / √width."""
+    """Standard deviation of the initial weights of linear layers (official: 0.02 at every width)."""
 
     def check(self) -> None:
         for name in ("width", "depth", "heads", "head_hidden", "head_bottleneck", "prototypes"):

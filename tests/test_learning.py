@@ -82,6 +82,9 @@ def overlaps(masks: Tensor, truth: Tensor) -> Tensor:
     return (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2)).clamp(min=1)
 
 
+pytestmark = pytest.mark.slow  # about two minutes
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Words, Path]:
     """The first 64 rendered words whose pseudo-mask has an IoU of 0.85 with the truth, and their shards."""
