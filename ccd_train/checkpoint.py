@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
 CENTER = "center"  # beside the teacher's weights
+Content = memoryview | bytes | dict[str, Tensor]  # of a file, in memory
 
 
 class Save:
@@ -80,12 +81,13 @@ class Save:
             shutil.rmtree(self._temporary, ignore_errors=True)
         return problem
 
-    def _write(self, contents: dict[str, memoryview | bytes]) -> None:
+    def _write(self, contents: dict[str, Content]) -> None:
         began = time.monotonic()
         try:
             while contents:
                 name, content = contents.popitem()
-                self._written[name] = write_file(self._temporary / name, content)
+                whole = safetensors.torch.save(content) if isinstance(content, dict) else content
+                self._written[name] = write_file(self._temporary / name, whole)
         except OSError as error:
             self._problem = str(error)
         self.seconds += time.monotonic() - began
@@ -236,15 +238,15 @@ def _make_room(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _snapshot(engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> dict[str, memoryview | bytes]:
+def _snapshot(engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> dict[str, Content]:
     """This rank's files by name, in memory."""
-    contents: dict[str, memoryview | bytes] = {**engine.snapshot()}
-    tensors = teacher.state_dict() | {CENTER: center.value.cpu()}
+    contents: dict[str, Content] = {**engine.snapshot()}
+    tensors = teacher.state_dict() | {CENTER: center.value.to("cpu", copy=True)}
     layout = distributed.gather_objects(
         [(f.name, f.start, len(f.master), f.flat, f.flat_start) for f in engine.fragments]
     )
     if distributed.rank() == 0:
-        contents["teacher.safetensors"] = safetensors.torch.save(tensors)
+        contents["teacher.safetensors"] = tensors  # copies already: they become a file's bytes behind the steps
         contents["state.json"] = json.dumps(state, indent=2).encode()
         contents["layout.json"] = json.dumps(layout).encode()
     return contents
