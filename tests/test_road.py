@@ -15,7 +15,7 @@ from data_tools import convert, synth, verify
 
 REAL = CHECKOUT.parent / "shared" / "real" / "iiit5k_train"
 STEPS, KILLED = 60, 31
-SETTINGS = ["--max-steps", str(STEPS), "--train.micro_batch_size", "4", "--train.threads", "1", "--data.workers", "1"]
+SETTINGS = ["--max-steps", str(STEPS), "--train.micro_batch_size", "16", "--train.threads", "1", "--data.workers", "1"]
 SETTINGS += ["--log.every_steps", "1", "--log.pictures_every_steps", "0", "--checkpoint.every_steps", "10"]
 SETTINGS += ["--optimizer.warmup_samples", "100", "--optimizer.freeze_last_layer_samples", "100"]
 
