@@ -15,7 +15,6 @@ import platform
 import resource
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -29,7 +28,6 @@ from ccd_train.config import Config
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import FINISHED, TrainingError, UserError
 from ccd_train.options import parse
-from launch import operators
 
 MEGABYTE = 10**6
 SHARED_MEMORY_PER_RANK = 64 * MEGABYTE  # NCCL's buffers between the GPUs of a node; Docker gives 64 MB in all
@@ -69,19 +67,6 @@ def accelerators() -> list[Finding]:
             Finding("GPUs", "nvidia-smi is here, but torch sees no GPU", remedy, fatal=torch.version.cuda is not None)
         ]
     return [Finding("GPUs", "none; a run uses the CPU and gloo")]
-
-
-def compiled_operators() -> list[Finding]:
-    """Compiles what is missing, so that no run has to; per node where TORCH_EXTENSIONS_DIR is."""
-    began = time.monotonic()
-    try:
-        operators.main()
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        remedy = (
-            "install a C++ compiler and Python's headers (Debian: g++ python3-dev), or compile on a node that has them"
-        )
-        return [Finding("operators", f"DeepSpeed's do not compile: {first_line(error)}", remedy, fatal=True)]
-    return [Finding("operators", f"compiled or not needed ({time.monotonic() - began:.0f} s)")]
 
 
 def limits() -> list[Finding]:
@@ -194,13 +179,9 @@ def table(host: str, findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def main(argv: list[str]) -> int:
     config = parse(Config, [word for word in argv if word != "--nodes"], "ccd-train doctor")
-    mine = versions() + accelerators() + compiled_operators() + limits() + disks(config)
+    mine = versions() + accelerators() + limits() + disks(config)
     distributed.initialize(config.distributed.timeout)
     mine += all_reduce()
     hosts = dict(distributed.gather_objects((socket.gethostname(), mine)))

@@ -11,10 +11,6 @@ check_machine() {  # check_machine PYTHON: what .venv cannot bring
         stop "$1 is $("$1" -V 2>&1): 3.10 or newer is needed; name another one with PYTHON=python3.12"
     "$1" -c 'import ensurepip, venv' 2>/dev/null ||
         stop "$1 has no venv; install it (Debian: apt-get install python3-venv)"
-    [ -e "$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] ||
-        stop "$1 has no header files, which DeepSpeed's operators need (Debian: apt-get install python3-dev)"
-    command -v "${CXX:-c++}" >/dev/null ||
-        stop "${CXX:-c++} is not here: DeepSpeed's operators need a C++ compiler (Debian: apt-get install g++)"
 }
 
 make_environment() {  # make_environment PYTHON: .venv, which sees the torch that PYTHON sees, in a virtual environment too
@@ -43,9 +39,8 @@ set_up() {  # set_up [EXTRA], for example: set_up '[test]'
     wanted=$(cat setup.py launch/constraints.txt | cksum)
     stamp=.venv/installed$extra
     if ! grep -qsxF "$wanted" .venv/installed'[test]' "$stamp"; then
-        echo "installing into .venv (DeepSpeed is built from source: a minute or two) …"
+        echo "installing into .venv (DeepSpeed is packed from its source: a minute or two) …"
         install "$extra"
         echo "$wanted" > "$stamp"
     fi
-    python -m launch.operators
 }

@@ -107,6 +107,12 @@ def test_no_option_is_a_prefix_of_one_of_torchruns() -> None:
             assert not [option for option in theirs if option.startswith(ours)], ours
 
 
+def test_a_machine_without_python_is_told_in_one_line() -> None:
+    result = finish(["bash", "-c", ". launch/set_up.sh; check_machine python-that-is-not-here; echo reached"])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: python-that-is-not-here is not here; install Python 3.10")
+
+
 def meet(place: str, *options: str) -> subprocess.CompletedProcess[str]:
     """One node of two that shall meet."""
     size = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", place, *options]

@@ -112,7 +112,7 @@ def test_the_layers_name_modules_of_one_kind_only() -> None:
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("deepspeed", {"ccd_train.engine", "ccd_train.checkpoint", "ccd_train.doctor", "launch.operators"}),
+        ("deepspeed", {"ccd_train.engine", "ccd_train.checkpoint"}),
         ("lmdb", {"ccd_train.data.records"}),
         ("tensorboard", {"ccd_train.metrics"}),
         ("torch.utils.tensorboard", {"ccd_train.metrics"}),
