@@ -49,7 +49,7 @@ def check_writable(folder: Path) -> None:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
+    return next(place for place in (folder, *folder.resolve().parents) if place.exists())
 
 
 def check_space(config: Config) -> None:

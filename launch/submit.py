@@ -118,11 +118,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def verb() -> int:
-    words = sys.argv[1:]
+def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of ccd-submit, and what stands after `--`."""
     end = words.index("--") if "--" in words else len(words)
-    arguments = build_parser().parse_args(words[:end])
-    return int(arguments.verb(arguments, words[end + 1 :]))
+    own = words[:end]
+    for option in ("--sbatch", "--hook"):  # argparse takes a value that begins with - for an option
+        while option in own[:-1]:
+            place = own.index(option)
+            own[place : place + 2] = [f"{option}={own[place + 1]}"]
+    return build_parser().parse_args(own), words[end + 1 :]
+
+
+def verb() -> int:
+    arguments, settings = read(sys.argv[1:])
+    return int(arguments.verb(arguments, settings))
 
 
 def main() -> None:

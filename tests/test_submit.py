@@ -1,0 +1,134 @@
+"""ccd-submit without a cluster: what it refuses, the script that it makes, and how a run stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ccd_train.config import Checkpoint, Config, Model
+from ccd_train.errors import UserError
+from ccd_train.options import describe as describe_settings
+from ccd_train.options import read_recipe
+from launch.jobs import extra_options
+from launch.preflight import check_space
+from launch.script import array, directive
+from launch.status import describe
+from launch.submit import read
+
+ODD = ["a b", "it's", '"so"', "$(touch executed)", "`touch executed`", "a\nb", "", "-x", "*", "\\", "ü, ;&|"]
+
+
+def submit(*words: str) -> int:
+    arguments, rest = read(list(words))
+    return int(arguments.verb(arguments, rest))
+
+
+def pretrain_words(run_dir: Path, *more: str) -> list[str]:
+    return ["pretrain", "--run_dir", str(run_dir), "--nodes", "2", "--gpus-per-node", "4", *more]
+
+
+def run_on(corpus: Tiny) -> list[str]:
+    return ["--config", "vit_nano", "--data.shards", str(corpus.shards)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12), max_size=4))
+def test_bash_reads_every_value_literally(values: list[str]) -> None:
+    values = [*values, *ODD]
+    program = array("values", values) + "\nprintf '%s\\0' \"${values[@]}\""
+    result = subprocess.run(["bash", "-c", program], capture_output=True, check=True)
+    assert result.stdout.decode().split("\0")[:-1] == values
+
+
+def test_directives_are_quoted_as_sbatch_unquotes_them() -> None:
+    assert directive("time", "1-00:00:00") == "#SBATCH --time=1-00:00:00"
+    assert directive("requeue", None) == "#SBATCH --requeue"
+    assert directive("comment", 'a "b" \\ c') == '#SBATCH --comment="a \\"b\\" \\\\ c"'
+    with pytest.raises(UserError, match="no line break"):
+        directive("comment", "a\nb")
+
+
+def test_extra_options_of_sbatch() -> None:
+    wanted = {"exclude": "n7", "reservation": "of the night", "hold": None}
+    assert extra_options("--exclude=n7 --reservation 'of the night' --hold") == wanted
+    with pytest.raises(UserError, match="write --name=value"):
+        extra_options("-x n7")
+
+
+def test_the_script_asks_for_what_the_run_needs(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = pretrain_words(tmp_path / "run", "--qos", "long", "--mem", "200G", "--sbatch", "--time=5 --exclude=n7")
+    chosen = [*run_on(tiny), "--data.workers", "6"]
+    assert submit(*words, "--dry-run", "--", *chosen) == 0
+    lines = capsys.readouterr().out.splitlines()
+    options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"nodes=2", "gpus-per-node=4", "cpus-per-task=32", "qos=long", "mem=200G", "time=5", "exclude=n7"} <= options
+    assert "nproc=4" in lines and "requeue=yes" in lines and "requeue" in options
+    assert array("settings", [*chosen, "--run_dir", str((tmp_path / "run").resolve())]) in lines
+    assert not (tmp_path / "run").exists()
+    subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "rest", "message"),
+    [
+        ("run", ["--train.global_batch_size", "100"], "not a multiple of 8 ranks"),
+        ("run", ["--data.shards", "nothing"], "no manifest.json"),
+        ("file/run", [], "Not a directory"),
+        ("run%j", [], "SLURM reads %"),
+        ("run", ["--optimizer.lr", "-1"], "optimizer.lr"),
+    ],
+)
+def test_what_would_fail_in_the_queue_is_refused(
+    tiny: Tiny, tmp_path: Path, name: str, rest: list[str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=message):
+        submit(*pretrain_words(tmp_path / name), "--", *run_on(tiny), *rest)
+
+
+def test_a_run_folder_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/identity.json").write_text(json.dumps({"seed": 5, "train.global_batch_size": 64}))
+    with pytest.raises(UserError, match="belongs to another run"):
+        submit(*pretrain_words(tmp_path / "run"), "--", *run_on(tiny))
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    check_space(Config(run_dir=tmp_path, checkpoint=Checkpoint(keep=1)))
+    with pytest.raises(UserError, match="checkpoints take"):
+        check_space(Config(run_dir=tmp_path, model=Model(prototypes=10**9), checkpoint=Checkpoint(keep=100)))
+
+
+def test_a_source_that_is_no_lmdb_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="LMDB"):
+        submit("shard", "--src", str(tmp_path), "--out", str(tmp_path / "out"), "--name", "x")
+
+
+def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
+    config = read_recipe(Config, "vit_nano")
+    (tmp_path / "config.yaml").write_text(describe_settings(config))
+    row = {"step": 40, "samples": 40 * 32, "samples_per_second": 10.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 4')
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step_00000030\n")
+    life = {"event": "begin", "job": "7", "first": "7", "requeues": 2, "step": 30, "outcome": None}
+    (tmp_path / "lives.jsonl").write_text(json.dumps(life) + "\n")
+    text = describe(tmp_path)
+    left = (-(-config.train.total_samples // 32) - 40) * 32 / 10
+    for part in (
+        "job           7",
+        "(requeue 2) from step 30",
+        "step          40",
+        "10 samples/s",
+        "checkpoint    step 30",
+    ):
+        assert part in text
+    assert f"{round(left / 60) // 60} h" in text
+    with pytest.raises(UserError, match="no such folder"):
+        describe(tmp_path / "nothing")
