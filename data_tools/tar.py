@@ -25,9 +25,9 @@ from ccd_train.data.shards import (
     PARTS,
     offsets_name,
     split_name,
-    sync_folder,
     temporary_path,
 )
+from ccd_train.files import sync_folder
 
 BLOCK = 512
 DIRECTORY_BYTES = 155  # ustar's prefix field

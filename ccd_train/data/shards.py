@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ccd_train.errors import UserError
+from ccd_train.files import sync_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -142,15 +143,6 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
 def temporary_path(path: Path) -> Path:
     """A name beside `path`, of this process alone, that never counts as data."""
     return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
