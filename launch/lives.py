@@ -50,7 +50,7 @@ def hopeless(lives: list[dict[str, Any]], step: int, max_requeues: int) -> str |
     if [life["step"] for life in begun[-2:]] == [step, step]:
         return f"two lives in a row ended at step {step}, where they began; look at the log of job {begun[-1]['job']}"
     if requeues() > max_requeues:
-        return f"started again {requeues() - 1} times, which is the cap; raise max_requeues in the script to go on"
+        return f"started again {requeues()} times, which is the cap; raise max_requeues in the script to go on"
     return None
 
 

@@ -135,10 +135,21 @@ def test_time_limit_and_node_loss(cluster: Cluster, tiny: Tiny, undisturbed: dic
     cluster.power_on(lost)
     wait_for_step(cluster, job, run_dir, before + 2)
     cluster.run("scancel", job)
-    assert wait_for_end(cluster, job, run_dir)["Restarts"] == "2"
+    end = wait_for_end(cluster, job, run_dir)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "2")  # it saves, and does not come back
     same = {step: loss for step, loss in losses(run_dir).items() if step <= STEPS}
     assert same == {step: undisturbed[step] for step in same}
     assert lives(run_dir)[0] == 0 < lives(run_dir)[1] <= lives(run_dir)[2]
+
+
+def test_the_cap_on_requeues_holds(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (job,) = submit(cluster, run_dir, ["--max-requeues", "0"], settings(tiny))
+    wait_for_step(cluster, job, run_dir, 2)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    end = wait_for_end(cluster, job, run_dir)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "3:0", "0"), log_of(run_dir)
+    assert "which is the cap" in log_of(run_dir)
 
 
 def test_an_error_of_its_own_is_not_started_again(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
