@@ -1,0 +1,204 @@
+"""The text recogniser of the official fine-tuning: ViT → MLP → an autoregressive transformer decoder.
+
+Shapes: B images, D width of the ViT, E width of the decoder, S = 256 patches, T tokens of a target, C classes.
+
+    memory = encoder(vit(images))                          # [B, S, E]
+    logits = decoder(memory, targets without the last)     # [B, T-1, C]: each token from those before it
+    loss   = cross_entropy(logits, targets without the first)
+
+The decoder is NRTR's (Sheng et al., ICDAR 2019) with the norms before each part and no biases in the attention, as the
+official code takes it from MMOCR. `Decoder.step` does the same one token at a time, with keys and values kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ccd_train import config, distributed
+from ccd_train.models.vit import VisionTransformer
+
+EPS = 1e-6  # of the decoder's last LayerNorm; those of its layers have torch's own
+PERIOD = 10000.0  # of the slowest sinusoid (Vaswani et al. 2017)
+
+
+class Pair(NamedTuple):
+    """Keys and values of some tokens, each [B, heads, tokens, E / heads]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def followed_by(self, other: Pair) -> Pair:
+        return Pair(torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2))
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.projection = nn.Linear(width, width, bias=False)
+
+    def pair(self, tokens: Tensor) -> Pair:
+        """What [B, N, E] offers to those who attend to it."""
+        return Pair(self._split(self.key(tokens)), self._split(self.value(tokens)))
+
+    def forward(self, tokens: Tensor, pair: Pair, mask: Tensor | None = None) -> Tensor:
+        """[B, N, E] attends to the pair; mask bool, broadcast to [B, heads, N, tokens of the pair], true: may look."""
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(self._split(self.query(tokens)), *pair, mask, dropout)
+        return F.dropout(self.projection(mixed.transpose(1, 2).flatten(2)), dropout)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Attention to the tokens before, attention to the image, an MLP; each normed before and added to its input."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.text_norm = nn.LayerNorm(width)
+        self.text = Attention(width, heads, dropout)
+        self.image_norm = nn.LayerNorm(width)
+        self.image = Attention(width, heads, dropout)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+
+    def forward(self, tokens: Tensor, memory: Pair, past: Pair | None, mask: Tensor | None) -> tuple[Tensor, Pair]:
+        """Tokens [B, N, E] after those of `past` → [B, N, E], and past and tokens as one pair."""
+        normed = self.text_norm(tokens)
+        text = self.text.pair(normed)
+        if past is not None:
+            text = past.followed_by(text)
+        tokens = tokens + self.text(normed, text, mask)
+        tokens = tokens + self.image(self.image_norm(tokens), memory)
+        return tokens + self.mlp(self.mlp_norm(tokens)), text
+
+
+class State(NamedTuple):
+    """A word half written: what every layer keeps, so that the next token costs no more than itself."""
+
+    memory: list[Pair]
+    """The image, per layer."""
+    past: list[Pair]
+    """The tokens so far, per layer; empty at the beginning."""
+
+
+class Decoder(nn.Module):
+    positions: Tensor
+
+    def __init__(self, sizes: config.Recognizer, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.dropout = sizes.dropout
+        self.embedding = nn.Embedding(classes + 1, sizes.width, padding_idx=classes)
+        self.register_buffer("positions", sinusoids(sizes.length, sizes.width), persistent=False)
+        self.layers = nn.ModuleList(
+            Layer(sizes.width, sizes.heads, sizes.hidden, sizes.dropout) for _ in range(sizes.layers)
+        )
+        self.norm = nn.LayerNorm(sizes.width, eps=EPS)
+        self.classifier = nn.Linear(sizes.width, classes)
+
+    @property
+    def length(self) -> int:
+        """The most tokens that a word has."""
+        return self.positions.shape[1]
+
+    def forward(self, memory: Tensor, tokens: Tensor) -> Tensor:
+        """Memory [B, S, E], tokens [B, T] that begin with the beginning → logits [B, T, C] of the token after each."""
+        count = tokens.shape[1]
+        causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
+        mask = causal & (tokens != self.classes)[:, None, None, :]  # padding is looked at by nobody
+        x = self._embed(tokens, 0)
+        for layer, pair in zip(self.layers, self._look(memory), strict=True):
+            x, _ = layer(x, pair, None, mask)
+        return self.classifier(self.norm(x))  # type: ignore[no-any-return]
+
+    def begin(self, memory: Tensor) -> State:
+        """Memory [B, S, E] → a word without tokens."""
+        return State(self._look(memory), [])
+
+    def step(self, state: State, tokens: Tensor) -> tuple[Tensor, State]:
+        """The next token of each word, [B] → logits [B, C] of the one after it, and the word with it."""
+        place = state.past[0].keys.shape[2] if state.past else 0
+        x = self._embed(tokens[:, None], place)
+        past = []
+        for number, layer in enumerate(self.layers):
+            x, pair = layer(x, state.memory[number], state.past[number] if state.past else None, None)
+            past.append(pair)
+        return self.classifier(self.norm(x[:, 0])), State(state.memory, past)
+
+    def _look(self, memory: Tensor) -> list[Pair]:
+        """What the image offers to each layer."""
+        return [layer.image.pair(memory) for layer in cast(Iterable[Layer], self.layers)]
+
+    def _embed(self, tokens: Tensor, place: int) -> Tensor:
+        x = self.embedding(tokens) + self.positions[:, place : place + tokens.shape[1]]
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Recognizer(nn.Module):
+    def __init__(
+        self, model: config.Model, sizes: config.Recognizer, classes: int, activation_checkpointing: bool = False
+    ) -> None:
+        """classes: of the charset, padding not among them. Initial weights come from torch's global generator.
+
+        Dropout draws from that generator too; stochastic depth is drawn by the keys of the images.
+        """
+        super().__init__()
+        self.vit = VisionTransformer(
+            model.width,
+            model.depth,
+            model.heads,
+            taps=(),
+            drop_path=model.drop_path,
+            activation_checkpointing=activation_checkpointing,
+            initial_std=model.initial_std,
+        )
+        self.encoder = nn.Sequential(
+            nn.Linear(model.width, sizes.encoder_hidden),
+            nn.GELU(),
+            nn.Dropout(sizes.dropout),
+            nn.Linear(sizes.encoder_hidden, sizes.width),
+            nn.Dropout(sizes.dropout),
+        )
+        self.decoder = Decoder(sizes, classes)
+
+    def encode(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Normalised images [B, 3, 32, 128] → memory [B, S, E]; keys int64 [B] for stochastic depth in training."""
+        tokens, _ = self.vit(images, keys)
+        return self.encoder(tokens)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Images [B, 3, 32, 128], targets int64 [B, T] → logits [B, T-1, C] of targets[:, 1:]."""
+        return self.decoder(self.encode(images, keys), targets[:, :-1])  # type: ignore[no-any-return]
+
+
+def recognition_loss(logits: Tensor, targets: Tensor, tokens_global: Tensor | None = None) -> Tensor:
+    """Cross-entropy of logits [B, T-1, C] against targets [B, T] without their first, a mean over all but padding (C).
+
+    tokens_global, a tensor of one element: the targets of all ranks that are not padding. With it this is the rank's
+    sum × ranks / tokens_global, so that gradients averaged over ranks are those of one process with all the words.
+    """
+    expected, padding = targets[:, 1:].flatten(), logits.shape[-1]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), expected, ignore_index=padding, reduction="sum")
+    if tokens_global is None:
+        return loss / (expected != padding).sum().clamp(min=1)
+    return loss * distributed.world_size() / tokens_global.clamp(min=1).reshape(())
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Position codes [1, length, width]: sines in even channels, cosines in odd ones (Vaswani et al. 2017)."""
+    channel = torch.arange(width, dtype=torch.float64)
+    rate = PERIOD ** (-2 * torch.div(channel, 2, rounding_mode="floor") / width)
+    angle = torch.arange(length).float()[:, None] * rate.float()
+    return torch.where(channel.long() % 2 == 0, angle.sin(), angle.cos())[None]
