@@ -58,7 +58,7 @@ class Attention(nn.Module):
         return F.dropout(self.projection(mixed.transpose(1, 2).flatten(2)), dropout)
 
     def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
