@@ -7,7 +7,9 @@ Shapes: B images, D width of the ViT, E width of the decoder, S = 256 patches, T
     loss   = cross_entropy(logits, targets without the first)
 
 The decoder is NRTR's (Sheng et al., ICDAR 2019) with the norms before each part and no biases in the attention, as the
-official code takes it from MMOCR. `Decoder.step` does the same one token at a time, with keys and values kept.
+official code takes it from MMOCR. `Decoder.step` does the same one token at a time, with keys and values kept. In
+training all dropout is drawn from a key per image (int64 [B]), as stochastic depth is: neither the batch nor the number
+of ranks nor a restart changes it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccd_train import config, distributed
+from ccd_train import config, distributed, draws
 from ccd_train.models.vit import VisionTransformer
 
 EPS = 1e-6  # of the decoder's last LayerNorm; those of its layers have torch's own
@@ -36,52 +38,102 @@ class Pair(NamedTuple):
         return Pair(torch.cat([self.keys, other.keys], dim=2), torch.cat([self.values, other.values], dim=2))
 
 
-class Attention(nn.Module):
-    """Multi-head attention without biases."""
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose draws are a pure function of the images' keys and of its name."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, probability: float, name: str) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.probability, self.name = probability, name
+
+    def active(self) -> bool:
+        return self.training and self.probability > 0
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """[B, …] and keys int64 [B] (training only)."""
+        if not self.active():
+            return x
+        assert keys is not None, "dropout in training needs the images' draw keys"
+        kept = draws.field(keys, f"dropout.{self.name}", x[0].numel()).view(x.shape) >= self.probability
+        return x * (kept / (1 - self.probability)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; dropout of its weights and of its result."""
+
+    def __init__(self, width: int, heads: int, dropout: float, name: str) -> None:
+        super().__init__()
+        self.heads = heads
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.projection = nn.Linear(width, width, bias=False)
+        self.weight_dropout = Dropout(dropout, f"{name}.weights")
+        self.dropout = Dropout(dropout, name)
 
     def pair(self, tokens: Tensor) -> Pair:
         """What [B, N, E] offers to those who attend to it."""
         return Pair(self._split(self.key(tokens)), self._split(self.value(tokens)))
 
-    def forward(self, tokens: Tensor, pair: Pair, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, pair: Pair, mask: Tensor | None, keys: Tensor | None) -> Tensor:
         """[B, N, E] attends to the pair; mask bool, broadcast to [B, heads, N, tokens of the pair], true: may look."""
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(self._split(self.query(tokens)), *pair, mask, dropout)
-        return F.dropout(self.projection(mixed.transpose(1, 2).flatten(2)), dropout)
+        query = self._split(self.query(tokens))
+        if self.weight_dropout.active():
+            scores = query @ pair.keys.transpose(2, 3) * query.shape[-1] ** -0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            mixed = self.weight_dropout(scores.softmax(dim=-1), keys) @ pair.values
+        else:
+            mixed = F.scaled_dot_product_attention(query, *pair, mask)
+        return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)), keys)  # type: ignore[no-any-return]
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between; dropout of the result, and where hidden_dropout is set of that too."""
+
+    def __init__(self, sizes: tuple[int, int, int], dropout: float, name: str, hidden_dropout: float = 0.0) -> None:
+        super().__init__()
+        width, hidden, out = sizes
+        self.first = nn.Linear(width, hidden)
+        self.hidden_dropout = Dropout(hidden_dropout, f"{name}.hidden")
+        self.second = nn.Linear(hidden, out)
+        self.dropout = Dropout(dropout, name)
+
+    def forward(self, tokens: Tensor, keys: Tensor | None) -> Tensor:
+        hidden = self.hidden_dropout(F.gelu(self.first(tokens)), keys)
+        return self.dropout(self.second(hidden), keys)  # type: ignore[no-any-return]
+
+
 class Layer(nn.Module):
     """Attention to the tokens before, attention to the image, an MLP; each normed before and added to its input."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, sizes: config.Recognizer, name: str) -> None:
         super().__init__()
-        self.text_norm = nn.LayerNorm(width)
-        self.text = Attention(width, heads, dropout)
-        self.image_norm = nn.LayerNorm(width)
-        self.image = Attention(width, heads, dropout)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+        self.text_norm = nn.LayerNorm(sizes.width)
+        self.text = Attention(sizes.width, sizes.heads, sizes.dropout, f"{name}.text")
+        self.image_norm = nn.LayerNorm(sizes.width)
+        self.image = Attention(sizes.width, sizes.heads, sizes.dropout, f"{name}.image")
+        self.mlp_norm = nn.LayerNorm(sizes.width)
+        self.mlp = Mlp((sizes.width, sizes.hidden, sizes.width), sizes.dropout, f"{name}.mlp")
 
-    def forward(self, tokens: Tensor, memory: Pair, past: Pair | None, mask: Tensor | None) -> tuple[Tensor, Pair]:
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: Pair,
+        past: Pair | None = None,
+        mask: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Pair]:
         """Tokens [B, N, E] after those of `past` → [B, N, E], and past and tokens as one pair."""
         normed = self.text_norm(tokens)
         text = self.text.pair(normed)
         if past is not None:
             text = past.followed_by(text)
-        tokens = tokens + self.text(normed, text, mask)
-        tokens = tokens + self.image(self.image_norm(tokens), memory)
-        return tokens + self.mlp(self.mlp_norm(tokens)), text
+        tokens = tokens + self.text(normed, text, mask, keys)
+        tokens = tokens + self.image(self.image_norm(tokens), memory, None, keys)
+        return tokens + self.mlp(self.mlp_norm(tokens), keys), text
 
 
 class State(NamedTuple):
@@ -99,12 +151,10 @@ class Decoder(nn.Module):
     def __init__(self, sizes: config.Recognizer, classes: int) -> None:
         super().__init__()
         self.classes = classes
-        self.dropout = sizes.dropout
         self.embedding = nn.Embedding(classes + 1, sizes.width, padding_idx=classes)
         self.register_buffer("positions", sinusoids(sizes.length, sizes.width), persistent=False)
-        self.layers = nn.ModuleList(
-            Layer(sizes.width, sizes.heads, sizes.hidden, sizes.dropout) for _ in range(sizes.layers)
-        )
+        self.dropout = Dropout(sizes.dropout, "embedding")
+        self.layers = nn.ModuleList(Layer(sizes, f"layer.{number}") for number in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.width, eps=EPS)
         self.classifier = nn.Linear(sizes.width, classes)
 
@@ -113,14 +163,14 @@ class Decoder(nn.Module):
         """The most tokens that a word has."""
         return self.positions.shape[1]
 
-    def forward(self, memory: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, memory: Tensor, tokens: Tensor, keys: Tensor | None = None) -> Tensor:
         """Memory [B, S, E], tokens [B, T] that begin with the beginning → logits [B, T, C] of the token after each."""
         count = tokens.shape[1]
         causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         mask = causal & (tokens != self.classes)[:, None, None, :]  # padding is looked at by nobody
-        x = self._embed(tokens, 0)
+        x = self.dropout(self._embed(tokens, 0), keys)
         for layer, pair in zip(self.layers, self._look(memory), strict=True):
-            x, _ = layer(x, pair, None, mask)
+            x, _ = layer(x, pair, mask=mask, keys=keys)
         return self.classifier(self.norm(x))  # type: ignore[no-any-return]
 
     def begin(self, memory: Tensor) -> State:
@@ -133,7 +183,7 @@ class Decoder(nn.Module):
         x = self._embed(tokens[:, None], place)
         past = []
         for number, layer in enumerate(self.layers):
-            x, pair = layer(x, state.memory[number], state.past[number] if state.past else None, None)
+            x, pair = layer(x, state.memory[number], state.past[number] if state.past else None)
             past.append(pair)
         return self.classifier(self.norm(x[:, 0])), State(state.memory, past)
 
@@ -142,18 +192,14 @@ class Decoder(nn.Module):
         return [layer.image.pair(memory) for layer in cast(Iterable[Layer], self.layers)]
 
     def _embed(self, tokens: Tensor, place: int) -> Tensor:
-        x = self.embedding(tokens) + self.positions[:, place : place + tokens.shape[1]]
-        return F.dropout(x, self.dropout, self.training)
+        return self.embedding(tokens) + self.positions[:, place : place + tokens.shape[1]]  # type: ignore[no-any-return]
 
 
 class Recognizer(nn.Module):
     def __init__(
         self, model: config.Model, sizes: config.Recognizer, classes: int, activation_checkpointing: bool = False
     ) -> None:
-        """classes: of the charset, padding not among them. Initial weights come from torch's global generator.
-
-        Dropout draws from that generator too; stochastic depth is drawn by the keys of the images.
-        """
+        """classes: of the charset, padding not among them. Initial weights come from torch's global generator."""
         super().__init__()
         self.vit = VisionTransformer(
             model.width,
@@ -164,23 +210,19 @@ class Recognizer(nn.Module):
             activation_checkpointing=activation_checkpointing,
             initial_std=model.initial_std,
         )
-        self.encoder = nn.Sequential(
-            nn.Linear(model.width, sizes.encoder_hidden),
-            nn.GELU(),
-            nn.Dropout(sizes.dropout),
-            nn.Linear(sizes.encoder_hidden, sizes.width),
-            nn.Dropout(sizes.dropout),
+        self.encoder = Mlp(
+            (model.width, sizes.encoder_hidden, sizes.width), sizes.dropout, "encoder", hidden_dropout=sizes.dropout
         )
         self.decoder = Decoder(sizes, classes)
 
     def encode(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Normalised images [B, 3, 32, 128] → memory [B, S, E]; keys int64 [B] for stochastic depth in training."""
+        """Normalised images [B, 3, 32, 128] → memory [B, S, E]; keys int64 [B] in training."""
         tokens, _ = self.vit(images, keys)
-        return self.encoder(tokens)  # type: ignore[no-any-return]
+        return self.encoder(tokens, keys)  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images [B, 3, 32, 128], targets int64 [B, T] → logits [B, T-1, C] of targets[:, 1:]."""
-        return self.decoder(self.encode(images, keys), targets[:, :-1])  # type: ignore[no-any-return]
+        return self.decoder(self.encode(images, keys), targets[:, :-1], keys)  # type: ignore[no-any-return]
 
 
 def recognition_loss(logits: Tensor, targets: Tensor, tokens_global: Tensor | None = None) -> Tensor:
