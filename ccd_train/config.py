@@ -1,4 +1,4 @@
-"""Every setting of a pretraining run: frozen dataclasses, one per concern.
+"""Every setting of a pretraining run, and what all runs have in common: frozen dataclasses, one per concern.
 
 The defaults are the constants of the paper and of its official implementation. Reading a recipe, a user's file and
 the command line into these classes is the work of `options.py`.
@@ -14,11 +14,12 @@ from ccd_train.errors import UserError
 from ccd_train.geometry import Affine
 from ccd_train.severities import Augment
 
-# A run keeps its identity when these change between its lives; the corpus counts by its hash, not by its path.
+# A run keeps its identity when these change between its lives; files count by their content, not by their path.
 CHANGEABLE = {"run_dir", "init", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
 CHANGEABLE |= {"data.exclude", "data.max_damaged", "data.stage", "data.stage_gb"}
 CHANGEABLE |= {"train.micro_batch_size", "train.threads"}
-CHANGEABLE_SECTIONS = ("log.", "probe.", "checkpoint.", "resume.", "distributed.")
+CHANGEABLE |= {"data.train", "data.valid", "data.charset"}
+CHANGEABLE_SECTIONS = ("log.", "health.", "probe.", "valid.", "checkpoint.", "resume.", "distributed.")
 
 
 @runtime_checkable
@@ -246,6 +247,28 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Health:
+    stop_on_collapse: bool = False
+    """End the run as failed when an alarm is raised; otherwise it goes on."""
+    patience_steps: int = 100
+    """Steps for which a state of collapse must last before an alarm is raised."""
+    after_samples: int | None = None
+    """Samples before which nothing is judged; None: until the warm-up is over, or the prototypes move."""
+    uniform_nats: float = 0.15
+    """Uniform collapse: the teacher's entropy and the loss are closer to ln P than this."""
+    constant_prototypes: float = 4.0
+    """Constant collapse: fewer prototypes are in use than this, and each target is sharp."""
+
+    def check(self) -> None:
+        require(self.patience_steps >= 0, "health.patience_steps", self.patience_steps, "must be 0 or more")
+        after = self.after_samples
+        require(after is None or after >= 0, "health.after_samples", after, "must be 0 or more, or None")
+        require(self.uniform_nats > 0, "health.uniform_nats", self.uniform_nats, "must be positive")
+        few = self.constant_prototypes
+        require(few > 1, "health.constant_prototypes", few, "must be more than 1")
+
+
+@dataclass(frozen=True)
 class Probe:
     every_steps: int = 0
     """Steps between two probes of the teacher's features on labelled words, logged as probe_*; 0: none."""
@@ -297,8 +320,8 @@ class Distributed:
 
 
 @dataclass(frozen=True)
-class Config:
-    """A pretraining run."""
+class RunConfig:
+    """What every run is told, whatever it trains."""
 
     run_dir: Path | None = None
     """Folder of the run; the same folder again goes on where it stopped."""
@@ -306,21 +329,12 @@ class Config:
     """Seed of the order of samples, the views, stochastic depth and the initial weights."""
     deepspeed: str | None = None
     """A file of ds_configs/ by name, or a path; None: zero1_bf16 on GPUs, zero1_fp32 on CPUs."""
-    init: Path | None = None
-    """Weights to start from: a run folder, an export or an official .pth; a run that goes on ignores it."""
     max_steps: int | None = None
     """Stop after this step, counted from the run's beginning; the schedules stay as they are."""
     max_minutes: float | None = None
     """Save and end as unfinished (exit code 75) before so many minutes of this life are over."""
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    affine: Affine = field(default_factory=Affine)
-    model: Model = field(default_factory=Model)
-    distillation: Distillation = field(default_factory=Distillation)
-    optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     log: Log = field(default_factory=Log)
-    probe: Probe = field(default_factory=Probe)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Resume = field(default_factory=Resume)
     distributed: Distributed = field(default_factory=Distributed)
@@ -335,6 +349,22 @@ class Config:
             value = getattr(self, section.name)
             if isinstance(value, Section):
                 value.check()
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """A pretraining run."""
+
+    init: Path | None = None
+    """Weights to start from: a run folder, an export or an official .pth; a run that goes on ignores it."""
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    affine: Affine = field(default_factory=Affine)
+    model: Model = field(default_factory=Model)
+    distillation: Distillation = field(default_factory=Distillation)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    health: Health = field(default_factory=Health)
+    probe: Probe = field(default_factory=Probe)
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:

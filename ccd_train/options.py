@@ -68,8 +68,14 @@ def recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def from_dict(kind: type[Settings], values: Any, where: str, prefix: str = "") -> Settings:
-    """Builds nested dataclasses from a nested mapping; refuses unknown keys and values of another type by name."""
+def from_dict(
+    kind: type[Settings], values: Any, where: str, prefix: str = "", base: Settings | None = None
+) -> Settings:
+    """Builds nested dataclasses from a nested mapping; refuses unknown keys and values of another type by name.
+
+    What the mapping leaves out is as in `base`, or as it is by default.
+    """
+    base = kind() if base is None else base
     if not isinstance(values, dict):
         raise UserError(f"{where}: {prefix or 'the file'} must be a mapping of settings, not {values!r}")
     hints = get_type_hints(kind)
@@ -79,10 +85,10 @@ def from_dict(kind: type[Settings], values: Any, where: str, prefix: str = "") -
         if name not in known:
             raise UserError(f"{where}: unknown setting {prefix}{name}{_nearest(str(name), known)}")
         if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = from_dict(hints[name], value, where, f"{prefix}{name}.")
+            arguments[name] = from_dict(hints[name], value, where, f"{prefix}{name}.", getattr(base, name))
         else:
             arguments[name] = _convert(hints[name], value, f"{where}: {prefix}{name}")
-    return kind(**arguments)
+    return dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -111,7 +117,14 @@ def describe(settings: Any, indent: str = "") -> str:
 
 
 def help_texts(kind: type) -> dict[str, str]:
-    """The string below each field of a dataclass, as one line."""
+    """The string below each field of a dataclass and of those that it extends, as one line."""
+    texts: dict[str, str] = {}
+    for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        texts |= _own_help_texts(part)
+    return texts
+
+
+def _own_help_texts(kind: type) -> dict[str, str]:
     body = ast.parse(inspect.cleandoc(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts = {}
