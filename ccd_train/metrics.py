@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ccd_train.errors import UserError
+from ccd_train.health import Alarm
 
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
@@ -25,7 +27,9 @@ class Metrics:
     def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
         """Goes on after `first_step` steps: what an earlier life wrote beyond them is dropped, a torn line too."""
         self._path = run_dir / "metrics.jsonl"
-        keep_lines(self._path, first_step)
+        self._alarms = run_dir / "alarms.jsonl"
+        for path in (self._path, self._alarms):
+            keep_lines(path, first_step)
         self._file = self._path.open("a", encoding="utf8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._terminal = sys.stderr.isatty()
@@ -56,6 +60,14 @@ class Metrics:
         folder = self._path.parent / "pictures"
         folder.mkdir(exist_ok=True)
         cv2.imwrite(str(folder / f"{name}_{step:08d}.png"), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Into the log, TensorBoard's texts, and RUN/alarms.jsonl, where `ccd-submit status` finds it."""
+        with self._alarms.open("a", encoding="utf8") as file:
+            file.write(json.dumps(asdict(alarm)) + "\n")
+        self._board.add_text("alarm", alarm.message, alarm.step)
+        self._board.flush()
+        self.say(f"{'note' if alarm.over else 'ALARM'}: step {alarm.step}: {alarm.message}")
 
     def advance(self) -> None:
         self._bar.update()

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccd_train import distributed, draws, pictures
+from ccd_train import distributed, draws, health, pictures
 from ccd_train.config import Config
 from ccd_train.data.batches import Batch
 from ccd_train.engine import read_deepspeed_file
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, TrainingError, UserError
 from ccd_train.geometry import warp_masks
 from ccd_train.life import write_outcome
-from ccd_train.losses import distillation_loss, segmentation_loss, teacher_statistics
+from ccd_train.losses import distillation_loss, segmentation_loss
 from ccd_train.metrics import Metrics
 from ccd_train.models.ccd import StudentOutput
 from ccd_train.options import parse
@@ -49,6 +49,10 @@ class Losses:
     """Pairs of regions, float32 []."""
     targets: Tensor
     """The teacher's logits, float32 [2M, P]."""
+    features: Tensor
+    """What the student's projections are of, float32 [2M, D]."""
+    has_regions: Tensor
+    """bool [B]: images with a character in both views."""
     seen: Seen
     """For a picture."""
 
@@ -90,7 +94,9 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
     segmentation = segmentation_loss(student.segmentation_logits, masks)
     logits = student.segmentation_logits.detach()
     seen = Seen(batch.images_u8, batch.pseudo_mask, regular, irregular, logits, student.regions.ids)
-    return Losses(distillation, segmentation, characters, targets, seen)
+    has_regions = torch.zeros(len(logits) // 2, dtype=torch.bool, device=device)
+    has_regions[student.regions.image] = True
+    return Losses(distillation, segmentation, characters, targets, student.features, has_regions, seen)
 
 
 def train_step(run: Run, logged: bool) -> Step:
@@ -115,7 +121,10 @@ def train_step(run: Run, logged: bool) -> Step:
         last = micro_step == run.accumulation - 1
         engine.backward(losses.distillation + config.distillation.segmentation_weight * losses.segmentation, last)
         if logged and last:
-            statistics = teacher_statistics(losses.targets, center.value, config.distillation.teacher_temperature)
+            statistics = health.statistics(
+                losses.targets, center.value, config.distillation.teacher_temperature, losses.distillation.detach(),
+                losses.features, losses.has_regions,
+            )  # fmt: skip
         center.update(losses.targets, now.center_momentum)
         sums[:3] += torch.stack([losses.distillation.detach(), losses.segmentation.detach(), losses.characters])
     run.watch.at(step, "update")
@@ -134,7 +143,8 @@ def train_step(run: Run, logged: bool) -> Step:
     if logged:
         statistics["center_norm"] = center.value.norm()
     advance(run, applied, torch.cat(sample_ids))
-    figures = figures_of(run, now, totals) | {name: value.item() for name, value in statistics.items()}
+    values = torch.stack(list(statistics.values())).tolist() if logged else []
+    figures = figures_of(run, now, totals) | dict(zip(statistics, values, strict=True))
     return Step(figures, waited, totals[4] > 0, totals[5] == distributed.world_size(), losses.seen)
 
 
@@ -192,6 +202,7 @@ def train(run: Run, metrics: Metrics | None) -> bool:
     config, progress = run.config, run.progress
     began, waited, steps = time.monotonic(), 0.0, 0
     words = read_words(config.probe.data, config.probe.words) if metrics and config.probe.every_steps else None
+    guard = health.Guard(config, run.global_batch)
     while progress.step < run.last_step:
         coming = progress.step + 1
         logged = coming % config.log.every_steps == 0 or coming == run.last_step
@@ -206,6 +217,7 @@ def train(run: Run, metrics: Metrics | None) -> bool:
             if config.log.pictures_every_steps and (coming == 1 or coming % config.log.pictures_every_steps == 0):
                 metrics.picture("step", pictures.draw(step.seen), coming)
         if logged:
+            sound(guard.look(step.figures), config.health.stop_on_collapse, metrics)
             began, waited, steps = time.monotonic(), 0.0, 0
         finished = progress.step == run.last_step
         if step.written:
@@ -215,6 +227,15 @@ def train(run: Run, metrics: Metrics | None) -> bool:
         if step.stop and not finished:
             return False
     return True
+
+
+def sound(alarms: list[health.Alarm], stop: bool, metrics: Metrics | None) -> None:
+    """Tells of alarms, which are the same on all ranks; ends the run where it is to `stop` on one."""
+    for alarm in alarms:
+        if metrics is not None:
+            metrics.alarm(alarm)
+        if stop and not alarm.over:
+            raise TrainingError(f"step {alarm.step}: {alarm.message}")
 
 
 def probed(run: Run, words: Words | None) -> dict[str, float]:

@@ -51,6 +51,8 @@ class StudentOutput(NamedTuple):
     projections: Tensor
     """float32 [2M, P]: the characters' logits in the regular view, then in the irregular one."""
     regions: Regions
+    features: Tensor
+    """float32 [2M, D]: what `projections` are of, detached."""
 
 
 class Student(nn.Module):
@@ -88,7 +90,8 @@ class Student(nn.Module):
         in_both = valid[: len(mask)] & valid[len(mask) :]
         image, slot = in_both.nonzero(as_tuple=True)  # the step's one wait for the device: M depends on the data
         regions = Regions(ids, image, slot)
-        return StudentOutput(logits, self.projection(_rows(features, regions)), regions)
+        rows = _rows(features, regions)
+        return StudentOutput(logits, self.projection(rows), regions, rows.detach())
 
 
 class Teacher(nn.Module):
