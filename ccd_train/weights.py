@@ -97,7 +97,7 @@ def read(path: Path, heads: int | None = None) -> Weights:
 def load(network: nn.Module, state: State, origin: str) -> None:
     """Loads every tensor of the state into the network; UserError lists what does not fit."""
     wanted = network.state_dict()
-    _refuse_misfits({name: tuple(tensor.shape) for name, tensor in wanted.items()}, state, origin)
+    refuse_misfits({name: tuple(tensor.shape) for name, tensor in wanted.items()}, state, origin)
     network.load_state_dict(state)
 
 
@@ -137,13 +137,13 @@ def read_export(folder: Path) -> Weights:
             states[name] = load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); export the weights again") from None
-        _refuse_misfits(_shapes(kind, model), states[name], str(path))
+        refuse_misfits(_shapes(kind, model), states[name], str(path))
     return Weights(model, states["teacher"], states["student"], str(folder))
 
 
 def read_official(path: Path, heads: int | None = None) -> Weights:
     """An official checkpoint as ours. Tensors that the official forward pass never uses are left behind."""
-    checkpoint = _load_tensors_only(path)
+    checkpoint = read_tensors(path)
     missing = [name for name in NETWORKS if not isinstance(checkpoint.get(name), dict)]
     if missing:
         held = ", ".join(map(str, checkpoint)) or "nothing"
@@ -228,7 +228,8 @@ def official_embedding(ours: Tensor) -> tuple[Tensor, float]:
     return official, float(lost)
 
 
-def _load_tensors_only(path: Path) -> dict[Any, Any]:
+def read_tensors(path: Path) -> dict[Any, Any]:
+    """What a .pth file holds, read without running anything in it. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
@@ -240,7 +241,7 @@ def _load_tensors_only(path: Path) -> dict[Any, Any]:
         if unsafe:
             raise UserError(
                 f"{path}: holds {', '.join(unsafe)}, which could run code and is not read; where you trust it, load it "
-                "and save its 'student' and 'teacher' alone"
+                "and save its tensors alone"
             )
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except RuntimeError as error:
@@ -248,6 +249,19 @@ def _load_tensors_only(path: Path) -> dict[Any, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not an official CCD checkpoint")
     return checkpoint
+
+
+def refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str) -> None:
+    """UserError lists every tensor that is missing, has no place or has another shape."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} has no place" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {_size(found[name].shape)} instead of {_size(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    if problems:
+        raise UserError(f"{origin}: {len(problems)} tensors do not fit this model: {'; '.join(problems)}")
 
 
 def _official_sizes(student: State, heads: int | None, path: Path) -> Model:
@@ -281,7 +295,7 @@ def _official_sizes(student: State, heads: int | None, path: Path) -> Model:
 
 def _from_official(official: State, wanted: dict[str, tuple[int, ...]], path: Path) -> State:
     used = {name: tensor for name, tensor in official.items() if not OFFICIAL_UNUSED.search(name)}
-    _refuse_misfits({official_name(name): shape for name, shape in wanted.items()}, used, str(path))
+    refuse_misfits({official_name(name): shape for name, shape in wanted.items()}, used, str(path))
     state = {name: used[official_name(name)].float() for name in wanted}
     state[EMBEDDING] = resize_embedding(state[EMBEDDING])
     return state
@@ -290,18 +304,6 @@ def _from_official(official: State, wanted: dict[str, tuple[int, ...]], path: Pa
 def _shapes(kind: type[nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):  # sizes without memory
         return {name: tuple(tensor.shape) for name, tensor in kind(model).state_dict().items()}
-
-
-def _refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str) -> None:
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} has no place" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {_size(found[name].shape)} instead of {_size(shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
-    if problems:
-        raise UserError(f"{origin}: {len(problems)} tensors do not fit this model: {'; '.join(problems)}")
 
 
 def _size(shape: tuple[int, ...] | torch.Size) -> str:

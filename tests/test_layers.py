@@ -25,7 +25,8 @@ BASE = {
     "distributed",
 }  # fmt: skip
 METHOD = {
-    "pictures", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers", "decoding", "scoring", "models", "data",
+    "pictures", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers", "decoding",
+    "scoring", "models", "data",
 }  # fmt: skip
 RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "run"}
 LAYERS = ("base", "method", "runtime", "verbs")

@@ -19,9 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ccd_train import schedules
+from ccd_train.charset import UNKNOWN, Charset
+from ccd_train.decoding import read
 from ccd_train.geometry import WARPED, warp_masks
 from ccd_train.losses import Center, distillation_loss, segmentation_loss
 from ccd_train.models.ccd import Student, StudentOutput, Teacher
+from ccd_train.models.recognizer import Recognizer, recognition_loss
+from ccd_train.recognizers import read_official as read_recognizer
 from ccd_train.regions import MIN_PIXELS, SLOTS, label_regions, pool
 from ccd_train.weights import load, read_official
 
@@ -205,3 +209,89 @@ def test_cosine_schedules(name: str, meta: dict[str, Any], recorded: dict[str, T
     constants, total = meta["schedules"][name], meta["schedules"]["steps"] * schedules.OFFICIAL_BATCH
     ours = per_step(meta, lambda seen: schedules.cosine(seen, constants["start"], constants["end"], total))
     assert_close(ours, recorded[f"schedule.{name}"])
+
+
+@pytest.fixture(scope="module")
+def words() -> dict[str, Any]:
+    """The fine-tuned recogniser's meta.json."""
+    return json.loads((FOLDER / "recognizer_meta.json").read_text(encoding="utf8"))
+
+
+@pytest.fixture(scope="module")
+def read_record() -> dict[str, Tensor]:
+    return load_file(FOLDER / "recognizer_expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def charset(words: dict[str, Any]) -> Charset:
+    return Charset("".join(words["charset"][: words["unknown_idx"]]))
+
+
+@pytest.fixture(scope="module")
+def recognizer(words: dict[str, Any], charset: Charset) -> Recognizer:
+    path = FOLDER / "recognizer_official_layout.pth"
+    return read_recognizer(path, charset, words["num_heads"], words["n_head"], words["max_seq_len"]).network()
+
+
+@pytest.fixture(scope="module")
+def memory(recognizer: Recognizer, read_record: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return recognizer.encode(read_record["images"].float())
+
+
+def test_the_sizes_of_the_recognizer_are_read_from_its_checkpoint(words: dict[str, Any], charset: Charset) -> None:
+    path = FOLDER / "recognizer_official_layout.pth"
+    trained = read_recognizer(path, charset, words["num_heads"], words["n_head"], words["max_seq_len"])
+    assert (trained.model.width, trained.model.depth) == (words["embed_dim"], words["depth"])
+    ours = (trained.sizes.layers, trained.sizes.width, trained.sizes.hidden, trained.sizes.encoder_hidden)
+    assert ours == (words["decoder_layers"], words["d_model"], words["d_inner"], words["encoder_hidden"])
+
+
+def test_tokens_of_the_charset(words: dict[str, Any], charset: Charset) -> None:
+    ours = (charset.unknown, charset.end, charset.padding)
+    assert ours == (words["unknown_idx"], words["start_idx"], words["padding_idx"])
+
+
+def test_targets_of_labels(words: dict[str, Any], read_record: dict[str, Tensor], charset: Charset) -> None:
+    ours = torch.tensor([charset.encode(text, words["max_seq_len"]) for text in words["texts"]])
+    assert torch.equal(ours, read_record["targets"])
+
+
+def test_encoder_of_the_recognizer(read_record: dict[str, Tensor], memory: Tensor) -> None:
+    assert_close(memory, read_record["encoded"])
+
+
+@torch.no_grad()
+def test_teacher_forced_logits(read_record: dict[str, Tensor], recognizer: Recognizer, memory: Tensor) -> None:
+    assert_close(recognizer.decoder(memory, read_record["targets"]), read_record["train_logits"])
+
+
+@torch.no_grad()
+def test_recognition_loss(read_record: dict[str, Tensor], recognizer: Recognizer) -> None:
+    targets = read_record["targets"]
+    loss = recognition_loss(recognizer(read_record["images"].float(), targets), targets)
+    assert_close(loss.reshape(1), read_record["loss"])
+
+
+@torch.no_grad()
+def test_greedy_probabilities(read_record: dict[str, Tensor], recognizer: Recognizer, memory: Tensor) -> None:
+    """Step by step with keys and values kept, beyond the end of words as the official code does it."""
+    recorded = read_record["greedy_probabilities"]
+    decoder, state = recognizer.decoder, recognizer.decoder.begin(memory)
+    token = torch.full((len(memory),), decoder.classes - 1)
+    steps = []
+    for _ in range(recorded.shape[1]):
+        logits, state = decoder.step(state, token)
+        steps.append(logits.softmax(dim=-1))
+        token = steps[-1].argmax(dim=-1)
+    assert_close(torch.stack(steps, dim=1), recorded)
+
+
+def test_decoded_strings(
+    words: dict[str, Any], read_record: dict[str, Tensor], recognizer: Recognizer, charset: Charset
+) -> None:
+    tokens, _ = read(recognizer, read_record["images"].float())
+    unknown = words["charset"][words["unknown_idx"]]
+    assert [charset.decode(row) for row in tokens.tolist()] == [
+        text.replace(unknown, UNKNOWN) for text in words["decoded"]
+    ]

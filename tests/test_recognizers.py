@@ -1,0 +1,163 @@
+"""Recognisers in files: exports and official checkpoints come back as they were; everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ccd_train import config, recognizers, weights
+from ccd_train.charset import Charset, read_charset
+from ccd_train.errors import UserError
+from ccd_train.models.recognizer import Recognizer
+from ccd_train.recognizers import Trained
+
+GOLDEN = Path(__file__).parent / "golden"
+OFFICIAL = GOLDEN / "recognizer_official_layout.pth"
+META: dict[str, Any] = json.loads((GOLDEN / "recognizer_meta.json").read_text(encoding="utf8"))
+HEADS = {"heads": META["num_heads"], "decoder_heads": META["n_head"]}
+SIZES = config.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8)
+MODEL = config.Model(width=16, depth=6, heads=2)
+
+
+@pytest.fixture()
+def trained() -> Trained:
+    torch.manual_seed(1)
+    charset = read_charset("36")
+    network = Recognizer(MODEL, SIZES, charset.classes)
+    return Trained(MODEL, SIZES, charset, network.state_dict(), {"step": 7}, "memory")
+
+
+@pytest.fixture()
+def folder(trained: Trained, tmp_path: Path) -> Path:
+    recognizers.write(tmp_path / "run" / "export" / recognizers.FILE, trained)
+    return tmp_path / "run"
+
+
+def official() -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(OFFICIAL, weights_only=True)
+    return checkpoint
+
+
+@pytest.mark.parametrize("place", ["", "export", f"export/{recognizers.FILE}"])
+def test_an_export_comes_back_as_it_was(folder: Path, trained: Trained, place: str) -> None:
+    found = recognizers.read(folder / place)
+    assert (found.model, found.sizes, found.charset, found.about) == (MODEL, SIZES, trained.charset, {"step": 7})
+    assert found.state.keys() == trained.state.keys()
+    assert all(torch.equal(tensor, trained.state[name]) for name, tensor in found.state.items())
+    assert not found.network().training
+
+
+def test_the_charset_of_an_export_is_its_own(folder: Path) -> None:
+    assert recognizers.read(folder, read_charset("36")).charset.name == "36"
+    with pytest.raises(UserError, match=r"reads charset 36 \(36 characters\), not charset DICT90 \(90 characters\)"):
+        recognizers.read(folder, read_charset("DICT90"))
+
+
+def test_weights_of_another_width_are_named(folder: Path, trained: Trained) -> None:
+    wider = Trained(config.Model(width=32, depth=6, heads=2), SIZES, trained.charset, trained.state, {}, "memory")
+    recognizers.write(folder / "export" / recognizers.FILE, wider)
+    with pytest.raises(UserError, match=r"vit.norm.weight is 16 instead of 32; .*") as refusal:
+        recognizers.read(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_official_checkpoint_tells_its_charset_by_its_classes() -> None:
+    found = recognizers.read(OFFICIAL, **HEADS)
+    assert found.charset.characters == "".join(META["charset"][:-3])
+    assert recognizers.read(OFFICIAL, found.charset, **HEADS).charset == found.charset
+
+
+@pytest.mark.parametrize("name", ["36", "62"])
+def test_an_official_checkpoint_refuses_another_charset(name: str) -> None:
+    with pytest.raises(UserError, match=f"92 classes, but charset {name} "):
+        recognizers.read(OFFICIAL, read_charset(name), **HEADS)
+
+
+def test_heads_that_shapes_do_not_tell_are_asked_for() -> None:
+    with pytest.raises(UserError, match=r"backbone has width 32; .* --heads N"):
+        recognizers.read(OFFICIAL)
+    with pytest.raises(UserError, match=r"backbone has width 32; .* --heads N"):
+        recognizers.read(OFFICIAL, heads=5)
+
+
+def test_what_does_not_fit_an_official_recognizer_is_named(tmp_path: Path) -> None:
+    checkpoint = official()
+    net = checkpoint["net"]
+    net["module.decoder.classifier.bias"] = net["module.decoder.classifier.bias"][1:]
+    net["module.extra"] = net.pop("module.encoder.fc2.bias")
+    torch.save(checkpoint, tmp_path / "odd.pth")
+    with pytest.raises(UserError) as refusal:
+        recognizers.read(tmp_path / "odd.pth", **HEADS)
+    message = str(refusal.value)
+    assert "3 tensors do not fit" in message
+    assert "encoder.fc2.bias is missing" in message
+    assert "extra has no place" in message
+    assert "decoder.classifier.bias is 91 instead of 92" in message
+
+
+def test_classes_of_no_named_charset_need_a_file(tmp_path: Path) -> None:
+    checkpoint = official()
+    for name in ("classifier.weight", "classifier.bias", "trg_word_emb.weight"):
+        checkpoint["net"][f"module.decoder.{name}"] = checkpoint["net"][f"module.decoder.{name}"][2:]
+    path = tmp_path / "ninety.pth"
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="90 classes, like none of 36, 62, DICT90; name it: --charset FILE"):
+        recognizers.read(path, **HEADS)
+    characters = "".join(META["charset"][:88])
+    assert recognizers.read(path, Charset(characters), **HEADS).charset.characters == characters
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"student": {}, "teacher": {}}, "no 'net' of tensors in it .it holds student, teacher."),
+        ({"net": {"a": 1}}, "no 'net' of tensors"),
+        ({"net": {}}, "backbone.pos_embed is missing"),
+        ({"net": Path("x")}, "could run code"),
+    ],
+)
+def test_checkpoints_that_are_no_recognizer_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=message):
+        recognizers.read(tmp_path / "other.pth")
+
+
+def test_a_pretraining_is_not_a_recognizer(tmp_path: Path) -> None:
+    weights.write_export(tmp_path, weights.read_official(GOLDEN / "official_layout.pth", META["num_heads"]), {})
+    with pytest.raises(UserError, match=r"only a pretraining; make one .* ccd-train finetune"):
+        recognizers.read(tmp_path)
+    with pytest.raises(UserError, match=r"no recogniser .its format is 'pt'.; .* ccd-train finetune"):
+        recognizers.read(tmp_path / "teacher.safetensors")
+
+
+def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no recogniser here"):
+        recognizers.read(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        recognizers.read(tmp_path / "missing")
+
+
+def test_a_damaged_export_is_refused(folder: Path) -> None:
+    path = folder / "export" / recognizers.FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        recognizers.read(path)
+
+
+def test_an_export_without_its_description_is_refused(folder: Path) -> None:
+    path = folder / "export" / recognizers.FILE
+    save_file(load_file(path), path, metadata={"format": recognizers.FORMAT, "model": "{"})
+    with pytest.raises(UserError, match="its description is damaged"):
+        recognizers.read(path)
+
+
+def test_an_export_that_cannot_be_written_is_refused(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        recognizers.write(tmp_path / "file" / recognizers.FILE, trained)
