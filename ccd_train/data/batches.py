@@ -30,6 +30,7 @@ from ccd_train.data.masks import (
 )
 from ccd_train.data.order import Mixture, Order
 from ccd_train.data.shards import Corpus, DamagedSampleError
+from ccd_train.data.words import Words
 from ccd_train.errors import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -88,9 +89,9 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes batches of a corpus; may be copied into worker processes."""
+    """Makes batches of a corpus or of labelled words; may be copied into worker processes."""
 
-    corpus: Corpus
+    corpus: Corpus | Words
     order: Order | Mixture
     mask_mode: MaskMode
     with_labels: bool = False
@@ -132,7 +133,7 @@ class Reader:
                 return self._sample(shard, candidate)
             except (DamagedSampleError, UndecodableImage) as reason:
                 key = self.corpus.key(shard, candidate)
-                damaged.append(f"{self.corpus.shards[shard].file} {key}: {reason}")
+                damaged.append(f"{self.corpus.paths[shard].name} {key}: {reason}")
         raise TrainingError(f"{self.corpus.paths[shard]}: none of its {rows} samples can be used; convert it again")
 
     def _sample(self, shard: int, row: int) -> Sample:

@@ -36,6 +36,7 @@ from ccd_train.data.masks import MaskMode
 from ccd_train.data.order import Mixture, Order
 from ccd_train.data.shards import Corpus
 from ccd_train.data.stage import Stage
+from ccd_train.data.words import Words
 from ccd_train.errors import TrainingError, UserError
 
 WINDOWS_AHEAD = 2  # kept in the page cache: the one in use and the next
@@ -98,6 +99,7 @@ class MicroBatches(Dataset[Batch | UserError | TrainingError]):
         moved = not all(map(np.array_equal, ahead, self._ahead)) or not self._ahead
         try:
             if moved and self.stage is not None:
+                assert isinstance(self.reader.corpus, Corpus)
                 self.stage.redirect(self.reader.corpus, np.concatenate(ahead).tolist())
             batch = self.reader.batch(first, self.share.micro_batch_size, position)
             if moved:
@@ -179,7 +181,7 @@ class Batches(Iterator[Batch]):
 
 
 def loader(
-    corpus: Corpus,
+    corpus: Corpus | Words,
     order: Order | Mixture,
     *,
     start_position: int,
@@ -200,7 +202,16 @@ def loader(
     The same batches for any number of workers. UserError if masks or labels are wanted that the shards do not hold, or
     if the stage cannot be used.
     """
-    for name, wanted in (("masks", mask_mode == "stored"), ("labels", with_labels)):
+    copies = None
+    if isinstance(corpus, Corpus):
+        _check_parts(corpus, masks=mask_mode == "stored", labels=with_labels)
+        copies = None if stage is None else Stage(stage, int(stage_gb * 1e9), corpus)
+    share = Share(start_position, end_position, global_batch_size, micro_batch_size, rank, world_size)
+    return Batches(MicroBatches(Reader(corpus, order, mask_mode, with_labels), share, copies), workers, max_damaged)
+
+
+def _check_parts(corpus: Corpus, masks: bool, labels: bool) -> None:
+    for name, wanted in (("masks", masks), ("labels", labels)):
         lacking = [shard.file for shard in corpus.shards if wanted and getattr(shard, name) < shard.samples]
         if lacking:
             raise UserError(
@@ -211,9 +222,6 @@ def loader(
                     else "convert with labels"
                 )
             )
-    share = Share(start_position, end_position, global_batch_size, micro_batch_size, rank, world_size)
-    copies = None if stage is None else Stage(stage, int(stage_gb * 1e9), corpus)
-    return Batches(MicroBatches(Reader(corpus, order, mask_mode, with_labels), share, copies), workers, max_damaged)
 
 
 def sample_order(corpus: Corpus, settings: Data, seed: int) -> Order | Mixture:

@@ -6,12 +6,14 @@ mask), counted from 1, and `num-samples`, the number of records in decimal digit
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
 from weakref import WeakValueDictionary
 
 import lmdb
+import numpy as np
 
 from ccd_train.errors import UserError
 
@@ -19,6 +21,7 @@ FILE = "data.mdb"
 COUNT = b"num-samples"
 _FIRST_MAP = 1 << 26  # bytes; doubled whenever it is full
 _BATCH = 1000  # records in one write transaction
+_PROBES = 64  # records, evenly spread, that a fingerprint covers
 
 # LMDB forbids one process to open an environment twice: all readers of a folder share one, until the last is closed.
 _open_environments: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
@@ -94,6 +97,15 @@ class LmdbReader:
         """Number of keys, and of the last committed transaction: they differ after any write to the LMDB."""
         environment = self._environment()
         return int(environment.stat()["entries"]), int(environment.info()["last_txnid"])
+
+    def fingerprint(self) -> str:
+        """A hash that tells this LMDB from others: of the number of records, and of some of them."""
+        count = len(self)
+        digest = hashlib.sha256(b"%d records" % count)
+        for number in map(int, np.unique(np.linspace(1, count, _PROBES).astype(int))):
+            for part in (self.image(number), self.label_bytes(number)):
+                digest.update(b"-" if part is None else hashlib.sha256(part).digest())
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Releases the file and the memory that maps it; the next use opens it again."""

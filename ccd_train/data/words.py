@@ -1,0 +1,216 @@
+"""Labelled words for fine-tuning: out of LMDBs as they are, or out of shards; all of them, or a share.
+
+A word without a label, or with an empty one, is left out; what else is odd about the labels is counted once, at the
+start. Which words belong to a share is decided by a hash of where each word is stored: the record's number in an LMDB
+of this content, the row in a shard of this content. So the share is the same on every machine, in whatever order
+the folders are given, and a smaller share is part of a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ccd_train import distributed, draws
+from ccd_train.charset import Charset, Tally
+from ccd_train.data.records import LmdbReader, find_lmdbs
+from ccd_train.data.shards import MANIFEST, Corpus, DamagedSampleError
+from ccd_train.errors import UserError
+
+RECORDS = 10_000  # of an LMDB that are shuffled and read together, as a shard is
+BENCHMARK = ("evaluation", "benchmark")  # folders of the data layout, one in the other
+NESTED = "benchmark"  # what the second leaves in the name of a shard's source
+
+
+class Records:
+    """The records of an LMDB, cut into ranges that stand for shards. May be pickled and forked."""
+
+    def __init__(self, path: Path) -> None:
+        """UserError if there is no intact LMDB."""
+        self.reader = LmdbReader(path)
+        count = len(self.reader)
+        self.shard_samples = np.array([min(RECORDS, count - first) for first in range(0, count, RECORDS)], np.int64)
+        self.paths = [path] * len(self.shard_samples)
+        self.hash = self.reader.fingerprint()
+        """Of the number of records and of some of them."""
+
+    def read(self, shard: int, row: int, parts: Sequence[str] = ("image", "label")) -> tuple[bytes | None, ...]:
+        """The bytes of a record's parts, None for those that it has not. DamagedSampleError if it has no image."""
+        number = shard * RECORDS + row + 1
+        get = {"image": self.reader.image, "label": self.reader.label_bytes, "mask": self.reader.mask}
+        found = tuple(get[part](number) for part in parts)
+        if "image" in parts and found[parts.index("image")] is None:
+            raise DamagedSampleError(f"{self.reader.path}: no image-{number:09d}")
+        return found
+
+    def key(self, shard: int, row: int) -> str:
+        return f"{shard * RECORDS + row + 1:09d}"
+
+    def prefetch(self, shard: int) -> None:
+        """The system reads ahead in an LMDB by itself."""
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+Source = Corpus | Records
+
+
+class Words:
+    """Chosen samples of several sources, one after another: what the loader reads. May be pickled and forked."""
+
+    def __init__(self, places: list[Place], rows: list[np.ndarray], identity: str) -> None:
+        """`rows` int64, ascending: of each place, those in use. Places without any are left out."""
+        used = [index for index, chosen in enumerate(rows) if len(chosen)]
+        self._places = [places[index] for index in used]
+        self._rows = [rows[index] for index in used]
+        self.paths = [place.source.paths[place.shard] for place in self._places]
+        """The tar or the LMDB of each shard."""
+        self.shard_samples = np.array([len(chosen) for chosen in self._rows], np.int64)
+        self.num_samples = int(self.shard_samples.sum())
+        self.hash = hashlib.sha256(f"{identity} {self.num_samples}".encode()).hexdigest()
+        """Identifies the words and their order; independent of where the folders are."""
+
+    def read(self, shard: int, row: int, parts: Sequence[str] = ("image", "label")) -> tuple[bytes | None, ...]:
+        """As in Corpus."""
+        place = self._places[shard]
+        return place.source.read(place.shard, int(self._rows[shard][row]), parts)
+
+    def key(self, shard: int, row: int) -> str:
+        place = self._places[shard]
+        return place.source.key(place.shard, int(self._rows[shard][row]))
+
+    def prefetch(self, shard: int) -> None:
+        place = self._places[shard]
+        place.source.prefetch(place.shard)
+
+    def close(self) -> None:
+        for place in self._places:
+            place.source.close()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A shard, or a range of an LMDB, among all that were named."""
+
+    source: Source
+    shard: int
+
+    @property
+    def samples(self) -> int:
+        return int(self.source.shard_samples[self.shard])
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any of its samples may have one."""
+        if isinstance(self.source, Corpus):
+            return self.source.shards[self.shard].labels > 0
+        return self.source.reader.has("label")
+
+    def share(self, seed: int, fraction: float) -> np.ndarray:
+        """The rows that belong to a share of all samples, int64, ascending."""
+        rows = np.arange(self.samples)
+        if fraction == 1:
+            return rows
+        first = 0
+        if isinstance(self.source, Corpus):
+            content = self.source.shards[self.shard].sha256
+        else:  # by number in the LMDB: how it is cut does not matter
+            content, first = self.source.hash, self.shard * RECORDS
+        root = draws.mix(torch.tensor(seed), int(content[:16], 16))
+        keys = draws.mix(root.expand(len(rows)), torch.from_numpy(rows + first))
+        chosen = draws.uniform(keys, "fraction") < fraction
+        return np.flatnonzero(chosen.numpy())
+
+    def label(self, row: int) -> str | None:
+        (found,) = self.source.read(self.shard, row, ("label",))
+        return None if found is None else found.decode(errors="replace")
+
+
+def open_words(
+    folders: Sequence[Path], charset: Charset, length: int, *, option: str, seed: int = 0, fraction: float = 1.0
+) -> tuple[Words, Tally]:
+    """The words of LMDBs, trees of LMDBs and shard folders that have a label, and what is odd about their labels.
+
+    All ranks together: each looks at its part of the labels. `option` names the folders in messages. UserError for
+    folders without words or without labels, and for a benchmark.
+    """
+    sources = [source for folder in folders for source in _open(folder, option)]
+    places = [Place(source, shard) for source in sources for shard in range(len(source.shard_samples))]
+    rows = [place.share(seed, fraction) for place in places]
+    look = _Look(places, rows)
+    mine = range(distributed.rank(), len(places), distributed.world_size())
+    tally = charset.tally(look.labels(mine), length)
+    unlabelled: dict[int, np.ndarray] = {}
+    total = Tally()
+    for other, left_out in distributed.gather_objects((tally, look.left_out)):
+        total.labels, total.empty = total.labels + other.labels, total.empty + other.empty
+        total.cut, total.unknown = total.cut + other.cut, total.unknown + other.unknown
+        total.characters += other.characters
+        unlabelled |= left_out
+    kept = [np.setdiff1d(chosen, unlabelled.get(index, ())) for index, chosen in enumerate(rows)]
+    words = Words(places, kept, " ".join(source.hash for source in sources))
+    if words.num_samples == 0:
+        named = ", ".join(map(str, folders))
+        if not any(map(len, rows)):
+            raise UserError(f"--{option} {named}: none of its words fall into data.fraction = {fraction}; raise it")
+        raise UserError(
+            f"--{option} {named}: no word here has a label; give LMDBs with label-%09d, or shards with labels"
+        )
+    return words, total
+
+
+class _Look:
+    """Reads the labels of some places, and notes the rows that have none."""
+
+    def __init__(self, places: list[Place], rows: list[np.ndarray]) -> None:
+        self._places, self._rows = places, rows
+        self.left_out: dict[int, np.ndarray] = {}
+        """Place → its rows without a label."""
+
+    def labels(self, indices: Sequence[int]) -> Iterator[str]:
+        """Every label of these places, the empty ones and, as empty, the missing ones too."""
+        for index in indices:
+            place, without = self._places[index], []
+            readable = place.has_labels
+            for row in self._rows[index].tolist():
+                label = self._label(place, row) if readable else None
+                if not label:
+                    without.append(row)
+                yield label or ""
+            self.left_out[index] = np.array(without, np.int64)
+
+    @staticmethod
+    def _label(place: Place, row: int) -> str | None:
+        try:
+            return place.label(row)
+        except DamagedSampleError:  # as good as none
+            return None
+
+
+def _open(folder: Path, option: str) -> list[Source]:
+    if (folder / MANIFEST).is_file():
+        corpus = Corpus.open(folder)
+        if any(NESTED in Path(shard.source).parts for shard in corpus.shards):
+            _refuse_benchmark(folder, option)
+        return [corpus]
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise UserError(f"--{option} {folder}: an empty folder; give LMDBs, or shards that `ccd-data convert` wrote")
+    found = find_lmdbs(folder)
+    for path in found:
+        parts = path.resolve().parts
+        if BENCHMARK in pairwise(parts):
+            _refuse_benchmark(path, option)
+    return [Records(path) for path in found]
+
+
+def _refuse_benchmark(path: Path, option: str) -> None:
+    raise UserError(
+        f"--{option} {path}: a benchmark; neither training nor validation may see it. `ccd-train evaluate` is for it"
+    )
