@@ -3,7 +3,8 @@
     python tests/benchmarks/decoding.py [--batch 256] [--layers 6] [--width 512] [--tokens 25] [--threads 1]
 
 Both read the same encoded images with the same random weights, one after the other, to the last of --tokens tokens; the
-words are compared. "anew" is what the official decoder does: image and all tokens so far through all layers at every step.
+words are compared. "anew" is what the official decoder does: at every step image and all tokens so far go through all
+layers.
 """
 
 from __future__ import annotations
