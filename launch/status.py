@@ -33,6 +33,7 @@ def describe(run_dir: Path) -> str:
         )
     if metrics is not None:
         rows += _progress(run_dir, metrics)
+    rows += _alarms(run_dir)
     rows.append(("checkpoint", _checkpoint(run_dir)))
     if outcome is not None:
         rows.append(("last outcome", f"{outcome.word} ({outcome.code}): {outcome.message}"))
@@ -48,6 +49,16 @@ def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     last_step = config.max_steps or -(-config.train.total_samples // batch)
     left = max(last_step - step, 0) * batch / rate if rate else float("inf")
     return [*rows, ("left", f"{_duration(left)} to step {last_step:.0f}")]
+
+
+def _alarms(run_dir: Path) -> list[tuple[str, str]]:
+    """The alarms that are not over."""
+    try:
+        lines = (run_dir / "alarms.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:
+        return []
+    newest = {alarm["kind"]: alarm for alarm in (json.loads(line) for line in lines if line.endswith("\n"))}
+    return [("ALARM", f"step {alarm['step']}: {alarm['message']}") for alarm in newest.values() if not alarm["over"]]
 
 
 def _checkpoint(run_dir: Path) -> str:
