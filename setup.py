@@ -36,6 +36,7 @@ setup(
         "PyYAML>=6.0",  # recipes
         "tqdm>=4.66",  # progress bars
         "safetensors>=0.4",  # weights for others, without pickle
+        "psutil>=5.9",  # the interface between the nodes, by its name
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,8 +17,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ccd_train.errors import UserError
+from ccd_train.errors import MissingRanksError, UserError
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -78,10 +81,15 @@ def initialize(timeout_seconds: float) -> None:
                 "start fewer processes per node or ask for more GPUs"
             )
         torch.cuda.set_device(device())
+    timeout = timedelta(seconds=timeout_seconds)
     try:
+        store = _meet(timeout)
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
             device_id=device() if torch.cuda.is_available() else None,
         )
     except dist.DistNetworkError as error:
@@ -94,12 +102,51 @@ def initialize(timeout_seconds: float) -> None:
             f"{address}: rank {os.environ['RANK']} cannot reach it ({_first_line(error)}); "
             "check MASTER_ADDR, MASTER_PORT and the firewall"
         ) from None
-    except dist.DistStoreError as error:
-        raise UserError(
-            f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks came "
-            f"within {timeout_seconds:.0f} s ({_first_line(error)}); look at the log of the missing ones, "
-            "or raise --distributed.timeout"
-        ) from None
+
+
+def _meet(timeout: timedelta) -> Store:
+    """The store in which all ranks have said that they are there. Raises MissingRanksError with their names.
+
+    torch's own way in counts the ranks, but cannot say who they are.
+    """
+    ranks = int(os.environ["WORLD_SIZE"])
+    keeper = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun keeps it
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    whole = TCPStore(address, port, ranks, keeper, timeout, wait_for_workers=False)
+    store = PrefixStore(f"ccd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", whole)
+    store.set(f"present/{rank()}", socket.gethostname())
+    end, missing = time.monotonic() + timeout.total_seconds(), set(range(ranks))
+    while missing := {number for number in missing if not store.check([f"present/{number}"])}:
+        if time.monotonic() > end:
+            here = [f"{n} on {store.get(f'present/{n}').decode()}" for n in sorted(set(range(ranks)) - missing)]
+            store.set("given up", f"{', '.join(map(str, sorted(missing)))} of {ranks} (there: {', '.join(here)})")
+        if store.check(["given up"]):
+            lost = store.get("given up").decode()
+            time.sleep(2 if keeper else 0)  # the others want to read it too
+            raise MissingRanksError(
+                f"rank {rank()} on {socket.gethostname()}: within {timeout.total_seconds():.0f} s there was nothing of "
+                f"rank {lost}; look at the log of the missing, or raise --distributed.timeout"
+            )
+        time.sleep(0.05)
+    return store
+
+
+def own_address() -> str:
+    """The address by which this process reaches the first rank's host."""
+    return address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address by which this machine goes to another. Raises socket.gaierror where that has no address."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # nothing is sent: UDP only chooses the way
+        return str(probe.getsockname()[0])
+
+
+def joined() -> bool:
+    """Whether this process has met the others."""
+    return dist.is_initialized()
 
 
 def finalize() -> None:

@@ -16,6 +16,10 @@ class UserError(Exception):
     """Something that the user can mend. One line: what is wrong, where, and the remedy. Ends with exit code 2."""
 
 
+class MissingRanksError(UserError):
+    """Ranks did not come to the start. A training run ends as unfinished: the next start may find them."""
+
+
 class TrainingError(Exception):
     """Training cannot go on (non-finite losses, collapse, a rank lost). One line. Ends with exit code 3."""
 

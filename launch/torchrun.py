@@ -19,6 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import parse_args, run
 
+from ccd_train import distributed
+
 SHUTDOWN_SECONDS = 600
 
 
@@ -31,9 +33,9 @@ def main(argv: list[str]) -> int:
     node = socket.gethostname()
     try:
         if place:
-            print(
-                f"{node} ({own_address(place)}): {arguments.nproc_per_node} processes, meeting at {place}", flush=True
-            )
+            host, _, port = place.rpartition(":")
+            address = distributed.address_towards(host, int(port))
+            print(f"{node} ({address}): {arguments.nproc_per_node} processes, meeting at {place}", flush=True)
         run(arguments)
     except (SignalException, ChildFailedError):
         return 1
@@ -55,15 +57,6 @@ def meeting_place(arguments: Namespace) -> str:
     if arguments.standalone or arguments.nnodes in ("1", "1:1"):
         return ""
     return arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
-
-
-def own_address(place: str) -> str:
-    """The address by which this node goes to another. Raises socket.gaierror where that has no address."""
-    host, _, port = place.rpartition(":")
-    family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # nothing is sent: UDP only chooses the way
-        return str(probe.getsockname()[0])
 
 
 if __name__ == "__main__":
