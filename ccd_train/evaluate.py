@@ -1,0 +1,238 @@
+"""How well a recogniser reads: word accuracy and 1 − NED on benchmarks, in a form that others can compare.
+
+    ccd-train evaluate --weights RUN --data data_lmdb/evaluation/benchmark                every set below the folder
+    ccd-train evaluate --weights W --data DIR --sets IIIT5k_3000 SVT --rule case          some of them, another rule
+
+Prints a Markdown table, and writes it beside the same as JSON and a page of the worst errors (table.md, table.json,
+errors.html). An image that cannot be read counts as a wrong word.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from ccd_train import mistakes
+from ccd_train.benchmarks import GROUPS, PUBLISHED, Set, Word, Words, find_sets, other_size
+from ccd_train.config import require
+from ccd_train.errors import FINISHED, UserError
+from ccd_train.files import digest, write_json
+from ccd_train.mistakes import Mistake
+from ccd_train.options import parse
+from ccd_train.reading import Reader, Reading, Source
+from ccd_train.recognizers import Trained
+from ccd_train.scoring import MEANING, same, similarity
+
+log = logging.getLogger(__name__)
+
+Rule = Literal["lower_alnum", "case", "all"]
+
+
+@dataclass(frozen=True)
+class Options(Source):
+    """Word accuracy on benchmarks."""
+
+    data: Path | None = None
+    """A folder with LMDBs of labelled words in and below it."""
+    sets: tuple[str, ...] = ()
+    """The names of the sets to read; none: all."""
+    rule: Rule = "lower_alnum"
+    """What is compared: the official rule, letters and digits with their case, or every character."""
+    out: Path | None = None
+    """Folder for table.md, table.json and errors.html; None: `evaluation`, in the run folder where there is one."""
+    batch_size: int = 256
+    """Images that are read at once."""
+    errors: int = 100
+    """Worst errors of each set on the page."""
+
+    def check(self) -> None:
+        super().check()
+        require(self.data is not None, "data", None, "name a folder with LMDBs of labelled words: --data DIR")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
+        require(self.errors >= 0, "errors", self.errors, "must be 0 or more")
+
+    def folder(self) -> Path:
+        assert self.weights is not None
+        run = self.weights if (self.weights / "checkpoints").is_dir() else Path()
+        return self.out or run / "evaluation"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out on one set."""
+
+    name: str
+    words: int
+    correct: int
+    similarity: float
+    """Mean of 1 − NED."""
+    unreadable: int
+    """Words whose image cannot be read; they count as wrong."""
+    unlabelled: int
+    """Records without a label, which do not count."""
+    empty: int
+    """Labels of which the rule leaves nothing."""
+    hash: str
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.words
+
+
+@dataclass(frozen=True)
+class Average:
+    name: str
+    sets: tuple[str, ...]
+    words: int
+    accuracy: float
+    """Each set counts alike."""
+    accuracy_by_words: float
+    """Each word counts alike."""
+    similarity: float
+    similarity_by_words: float
+
+
+def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: int) -> tuple[Result, list[Mistake]]:
+    """Reads a set; its result and its worst errors, the worst first. Raises UserError if it has no labels."""
+    words = Words(chosen.path)
+    count = correct = unreadable = empty = 0
+    total = 0.0
+    worst: list[Mistake] = []
+    remaining = tqdm(words, desc=chosen.name, unit=" words", leave=False, disable=None)
+    for batch in _batches(iter(remaining), batch_size):
+        for word, reading in zip(batch, reader.read([word.image for word in batch]), strict=True):
+            text = reading.text if isinstance(reading, Reading) else ""
+            right = isinstance(reading, Reading) and same(text, word.label, rule)
+            close = similarity(text, word.label, rule) if isinstance(reading, Reading) else 0.0
+            count, correct, total = count + 1, correct + right, total + close
+            unreadable += not isinstance(reading, Reading)
+            empty += same("", word.label, rule)
+            if not right:
+                confidence = reading.confidence if isinstance(reading, Reading) else None
+                mistake = Mistake(1 - close, confidence or 0.0, -word.number, word.label, text, confidence is None)
+                (heapq.heappush if len(worst) < errors else heapq.heappushpop)(worst, mistake)
+    if not count:
+        raise UserError(f"{chosen.path}: no labelled words in it; leave it out by --sets")
+    result = Result(chosen.name, count, correct, total / count, unreadable, words.unlabelled, empty, words.hash)
+    return result, sorted(worst, reverse=True)
+
+
+def averages(results: Sequence[Result]) -> list[Average]:
+    """Over the usual groups of which all sets are there, and over everything."""
+    by_name = {result.name: result for result in results}
+    groups = {name: sets for name, sets in GROUPS.items() if all(member in by_name for member in sets)}
+    groups["all"] = tuple(by_name)
+    return [_average(name, [by_name[member] for member in sets]) for name, sets in groups.items()]
+
+
+def table(trained: Trained, rule: str, results: Sequence[Result]) -> str:
+    """Everything that makes the figures comparable, as Markdown."""
+    lines = [
+        "| set | words | published | accuracy | 1 − NED | unreadable | without label | sha256 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for result in results:
+        published = " or ".join(f"{size:,}" for size in PUBLISHED.get(result.name, ())) or "–"
+        lines.append(
+            f"| {result.name} | {result.words:,} | {published} | {result.accuracy:.2%} | {result.similarity:.4f} "
+            f"| {result.unreadable} | {result.unlabelled} | {result.hash[:12]} |"
+        )
+    lines += [
+        "",
+        "| average | words | accuracy by sets | accuracy by words | 1 − NED by sets | 1 − NED by words | sets |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for average in averages(results):
+        lines.append(
+            f"| {average.name} | {average.words:,} | {average.accuracy:.2%} | {average.accuracy_by_words:.2%} "
+            f"| {average.similarity:.4f} | {average.similarity_by_words:.4f} | {' '.join(average.sets)} |"
+        )
+    lines += ["", f"- weights: {_described(trained)}", f"- charset: {_charset(trained)}"]
+    lines += [f"- rule `{rule}`: {MEANING[rule]}"]
+    lines += [f"- warning: {warning}" for warning in warnings(results, rule)]
+    return "\n".join(lines) + "\n"
+
+
+def warnings(results: Sequence[Result], rule: str) -> list[str]:
+    found = [warning for result in results if (warning := other_size(result.name, result.words))]
+    for result in results:
+        if result.unreadable:
+            found.append(f"{result.name}: {result.unreadable} images cannot be read; they count as wrong")
+        if result.empty:
+            found.append(f"{result.name}: {result.empty} labels of which rule {rule} leaves nothing")
+    return found
+
+
+def record(trained: Trained, rule: str, results: Sequence[Result]) -> dict[str, Any]:
+    """The same as plain values."""
+    return {
+        "weights": trained.origin,
+        "weights_sha256": digest(Path(trained.origin)).sha256,
+        "about": trained.about,
+        "charset": {"name": trained.charset.name, "characters": trained.charset.characters},
+        "rule": rule,
+        "sets": [vars(result) | {"accuracy": result.accuracy} for result in results],
+        "averages": [vars(average) for average in averages(results)],
+        "warnings": warnings(results, rule),
+    }
+
+
+def main(argv: list[str]) -> int:
+    options = parse(Options, argv, "ccd-train evaluate")
+    options.check()
+    assert options.data is not None
+    chosen = find_sets(options.data, options.sets)
+    trained = options.open()
+    reader = Reader(trained)
+    results, errors = [], []
+    for one in chosen:
+        result, worst = evaluate(reader, one, options.rule, options.batch_size, options.errors)
+        results.append(result)
+        errors.append((one, result, worst))
+    text = table(trained, options.rule, results)
+    folder = options.folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(text, encoding="utf8")
+        write_json(folder / "table.json", record(trained, options.rule, results))
+        mistakes.write_page(folder / "errors.html", f"Errors of {trained.origin}, rule {options.rule}", errors)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from None
+    print(text)
+    print(f"{folder}: table.md, table.json, errors.html")
+    return FINISHED
+
+
+def _batches(words: Iterator[Word], size: int) -> Iterator[list[Word]]:
+    while batch := list(islice(words, size)):
+        yield batch
+
+
+def _average(name: str, results: Sequence[Result]) -> Average:
+    words = sum(result.words for result in results)
+    return Average(
+        name,
+        tuple(result.name for result in results),
+        words,
+        sum(result.accuracy for result in results) / len(results),
+        sum(result.correct for result in results) / words,
+        sum(result.similarity for result in results) / len(results),
+        sum(result.similarity * result.words for result in results) / words,
+    )
+
+
+def _described(trained: Trained) -> str:
+    return f"{trained.origin} (sha256 {digest(Path(trained.origin)).sha256[:12]})"
+
+
+def _charset(trained: Trained) -> str:
+    charset = trained.charset
+    folds = ", without capitals" if charset.folds_case else ""
+    return f"{charset.name or 'of its own'}, {len(charset.characters)} characters{folds}"

@@ -1,0 +1,105 @@
+"""Reads the words in images.
+
+    ccd-train read --weights RUN word.png other.jpg       path, text and confidence, a line each
+    ccd-train read --weights RUN FOLDER --json            every image in and below a folder, as JSON lines
+
+An image is one word, as detectors crop them. Images that cannot be read are named on the error output and counted; the
+exit code is 2 if none could be read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ccd_train.data.masks import UndecodableImage
+from ccd_train.errors import FINISHED, REFUSED, UserError
+from ccd_train.options import parse
+from ccd_train.reading import Reader, Reading, Source
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # of images in a folder
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Options(Source):
+    """Read the words in images."""
+
+    images: Positional[tuple[Path, ...]] = field(default=())
+    """Images, or folders with images in and below them."""
+    json: bool = False
+    """Print JSON lines, with the confidence of every character."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.images:
+            raise UserError("name an image or a folder of images: ccd-train read --weights RUN IMAGE")
+
+
+def find_images(paths: tuple[Path, ...]) -> list[Path]:
+    """The images that are meant, those of a folder sorted. Raises UserError for a missing path or an empty folder."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not inside:
+            raise UserError(f"{path}: no image in or below this folder ({' '.join(sorted(SUFFIXES))})")
+        found += inside
+    return found
+
+
+def readings(reader: Reader, paths: list[Path]) -> Iterator[tuple[Path, Reading | str]]:
+    """What stands in each image, or why it cannot be read."""
+    remaining = iter(paths)
+    while batch := list(islice(remaining, BATCH)):
+        contents = [_bytes(path) for path in batch]
+        found = iter(reader.read([content for content in contents if isinstance(content, bytes)]))
+        for path, content in zip(batch, contents, strict=True):
+            reading = next(found) if isinstance(content, bytes) else content
+            assert not isinstance(reading, bytes)
+            yield path, reading if isinstance(reading, Reading) else str(reading)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(Options, argv, "ccd-train read")
+    options.check()
+    paths = find_images(options.images)
+    unreadable = 0
+    for path, reading in readings(Reader(options.open()), paths):
+        if isinstance(reading, str):
+            unreadable += 1
+            print(f"{path}: cannot be read ({reading})", file=sys.stderr)
+        if options.json:
+            print(json.dumps(_record(path, reading), ensure_ascii=False))
+        elif isinstance(reading, Reading):
+            print(f"{path}\t{reading.text}\t{reading.confidence:.3f}")
+    if unreadable:
+        print(f"{unreadable} of {len(paths)} images cannot be read", file=sys.stderr)
+    return REFUSED if unreadable == len(paths) else FINISHED
+
+
+def _bytes(path: Path) -> bytes | UndecodableImage:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return UndecodableImage(error.strerror or str(error))
+
+
+def _record(path: Path, reading: Reading | str) -> dict[str, object]:
+    if isinstance(reading, str):
+        return {"image": str(path), "error": reading}
+    return {
+        "image": str(path),
+        "text": reading.text,
+        "confidence": round(reading.confidence, 6),
+        "characters": [round(confidence, 6) for confidence in reading.characters],
+    }

@@ -1,0 +1,96 @@
+"""From the bytes of word crops to their text: what `read` and `evaluate` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from ccd_train import decoding, distributed, recognizers
+from ccd_train.augment import normalize
+from ccd_train.charset import read_charset
+from ccd_train.config import require
+from ccd_train.data.masks import UndecodableImage, decode_rgb, resize_image
+from ccd_train.recognizers import Trained
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which recogniser reads."""
+
+    weights: Path | None = None
+    """A fine-tuning run, an export of one, or an official .pth."""
+    charset: str | None = None
+    """The characters of an official .pth that is none of the named charsets: 36, 62, DICT90 or a text file."""
+    heads: int | None = None
+    """Attention heads of an official .pth whose backbone is not 64 wide per head."""
+    decoder_heads: int | None = None
+    """Attention heads of an official .pth whose decoder is not 64 wide per head."""
+
+    def check(self) -> None:
+        require(self.weights is not None, "weights", None, "name the recogniser: --weights RUN_OR_EXPORT")
+        for name in ("heads", "decoder_heads"):
+            given = getattr(self, name)
+            require(given is None or given >= 1, name, given, "must be 1 or more")
+
+    def open(self) -> Trained:
+        """Raises UserError where there is no recogniser or it does not fit."""
+        assert self.weights is not None, "check comes first"
+        charset = None if self.charset is None else read_charset(self.charset)
+        return recognizers.read(self.weights, charset, self.heads, self.decoder_heads)
+
+
+class Reading(NamedTuple):
+    """What was read in one image."""
+
+    text: str
+    confidence: float
+    """The probability of the whole word: of all its characters and of its end."""
+    characters: list[float]
+    """The probability of each character of the text, given those before it."""
+
+
+class Reader:
+    """A recogniser on this process's device, fed with the bytes of images."""
+
+    def __init__(self, trained: Trained) -> None:
+        cv2.setNumThreads(1)
+        self._charset = trained.charset
+        self._device = distributed.device()
+        self._network = trained.network().to(self._device)
+
+    def read(self, images: Sequence[bytes]) -> list[Reading | UndecodableImage]:
+        """What stands in each image; for one that cannot be read, why not. All go through the network as one batch."""
+        readings: list[Reading | UndecodableImage] = []
+        crops: list[np.ndarray] = []
+        places: list[int] = []
+        for place, data in enumerate(images):
+            try:
+                crops.append(resize_image(decode_rgb(data)))
+                places.append(place)
+            except UndecodableImage as error:
+                readings.append(error)
+            else:
+                readings.append(Reading("", 0.0, []))
+        for place, reading in zip(places, self._read(crops), strict=True):
+            readings[place] = reading
+        return readings
+
+    def _read(self, crops: Sequence[np.ndarray]) -> list[Reading]:
+        """Crops uint8 [32, 128, 3]."""
+        if not crops:
+            return []
+        inputs = torch.from_numpy(np.stack(crops)).to(self._device).permute(0, 3, 1, 2).float()
+        normalize(inputs)
+        words = decoding.read(self._network, inputs)
+        readings = []
+        for tokens, confidences in zip(words.tokens.tolist(), words.confidences.tolist(), strict=True):
+            text = self._charset.decode(tokens)
+            readings.append(Reading(text, math.prod(confidences), confidences[: len(text)]))
+        return readings
