@@ -6,9 +6,12 @@ the command line into these classes is the work of `options.py`.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+
+import tyro
 
 from ccd_train.errors import UserError
 from ccd_train.geometry import Affine
@@ -239,11 +242,17 @@ class Log:
     every_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     pictures_every_steps: int = 1000
-    """Steps between two pictures of views, masks and regions; 0: none."""
+    """Steps between two pictures of views, masks, regions and features; 0: none."""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases; its package must be installed."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    """Let libraries say what they want to say; also -v."""
 
     def check(self) -> None:
         require(self.every_steps >= 1, "log.every_steps", self.every_steps, "must be 1 or more")
         require(self.pictures_every_steps >= 0, "log.pictures_every_steps", self.pictures_every_steps, "must be ≥ 0")
+        there = self.wandb is None or importlib.util.find_spec("wandb") is not None
+        require(there, "log.wandb", self.wandb, "the package is not installed: pip install wandb, or drop the option")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and one line of progress (rank 0 only)."""
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, alarms, and one line of progress (rank 0 only).
+
+Weights & Biases is told the same where --log.wandb names a project; nothing else here depends on that package.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -9,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,7 +29,7 @@ QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 class Metrics:
     """Appends a JSON object per logged step; each line is on disk before the next step begins."""
 
-    def __init__(self, run_dir: Path, first_step: int, last_step: int) -> None:
+    def __init__(self, run_dir: Path, first_step: int, last_step: int, wandb: str | None = None) -> None:
         """Goes on after `first_step` steps: what an earlier life wrote beyond them is dropped, a torn line too."""
         self._path = run_dir / "metrics.jsonl"
         self._alarms = run_dir / "alarms.jsonl"
@@ -38,20 +43,24 @@ class Metrics:
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
+            bar_format="step {n_fmt}/{total_fmt} {bar:10} {postfix}",  # the time left is in ours
             disable=not self._terminal,
             leave=False,
         )
         self._last_step = last_step
         self._spoke = 0.0
+        self._wandb = None if wandb is None else join_wandb(wandb, run_dir)
 
     def write(self, values: Mapping[str, float]) -> None:
-        """One line of metrics; `step` must be among them."""
-        self._file.write(json.dumps(values) + "\n")
+        """One line of metrics, with the time (seconds since 1970); `step` must be among them."""
+        self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         for name, value in values.items():
             if name != "step":
                 self._board.add_scalar(name, value, int(values["step"]))
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=int(values["step"]))
         self._show(values)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
@@ -80,11 +89,15 @@ class Metrics:
         self._bar.close()
         self._board.close()
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _show(self, values: Mapping[str, float]) -> None:
+        left = (self._last_step - values["step"]) * values["samples"] / values["step"] / values["samples_per_second"]
         text = (
-            f"epoch {values['epoch']:.2f}, loss {values['loss']:.4f}, {values['samples_per_second']:.0f} samples/s, "
-            f"{values['data_wait']:.0%} waiting for data"
+            f"{values['samples']:,.0f} samples, epoch {values['epoch']:.2f}, loss {values['loss']:.4f}, "
+            f"{values['samples_per_second']:.0f} samples/s, {values['data_wait']:.0%} waiting for data, "
+            f"{duration(left)} left"
         )
         if self._terminal:
             self._bar.set_postfix_str(text)
@@ -93,6 +106,24 @@ class Metrics:
         if done or time.monotonic() - self._spoke >= QUIET_SECONDS:
             self._spoke = time.monotonic()
             self.say(f"step {values['step']:.0f}/{self._last_step}, {text}")
+
+
+def duration(seconds: float) -> str:
+    """5 s, 12 min, 3 h 20 min, 4 d 6 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def join_wandb(project: str, run_dir: Path) -> Any:
+    """This run among those of a Weights & Biases project; a later life goes on in it."""
+    wandb = importlib.import_module("wandb")
+    name = run_dir.resolve().name
+    return wandb.init(project=project, name=name, id=name, dir=str(run_dir), resume="allow")
 
 
 def keep_lines(path: Path, last_step: int) -> None:

@@ -29,7 +29,7 @@ from ccd_train.files import write_file
 from ccd_train.life import lock
 from ccd_train.run import Run, begin
 
-TIMES = {"samples_per_second", "data_wait"}
+TIMES = {"samples_per_second", "data_wait", "time"}
 
 
 @pytest.fixture(scope="module")
