@@ -2,7 +2,7 @@
 
     RUN/checkpoints/
         step_00010000/     DeepSpeed's files, one set per rank
-                           teacher.safetensors   the teacher's weights in fp32, and the centre
+                           teacher.safetensors   of a pretraining: the teacher's weights in fp32, and the centre
                            state.json            step, position, settings, corpus, …
                            layout.json           which rank's file holds which piece of which parameter
                            COMPLETE              size and sha256 of every file; written last
@@ -44,6 +44,7 @@ from ccd_train.weights import Weights
 log = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
+TEACHER = "teacher.safetensors"
 CENTER = "center"  # beside the teacher's weights
 Content = memoryview | bytes | dict[str, Tensor]  # of a file, in memory
 
@@ -51,15 +52,24 @@ Content = memoryview | bytes | dict[str, Tensor]  # of a file, in memory
 class Save:
     """A checkpoint on its way to the disk: a snapshot of one step, written and hashed behind the next ones."""
 
-    def __init__(self, run_dir: Path, engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> None:
-        """Takes the snapshot of state["step"] (all ranks together) and begins to write it."""
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        beside: Callable[[], dict[str, dict[str, Tensor]]],
+        state: dict[str, Any],
+    ) -> None:
+        """Takes the snapshot of state["step"] (all ranks together) and begins to write it.
+
+        `beside` makes the content of the files that are kept beside the engine's: tensors by file and name, copies.
+        """
         began = time.monotonic()
         self.step: int = state["step"]
         self._folder = run_dir / "checkpoints"
         self._temporary = self._folder / f"writing_{step_name(self.step)}"
         self._written: dict[str, Digest] = {}
         self._problem = _on_rank_0(lambda: _make_room(self._folder, self._temporary))
-        contents = {} if self._problem else _snapshot(engine, teacher, center, state)
+        contents = {} if self._problem else _snapshot(engine, beside, state)
         self.seconds = time.monotonic() - began
         """What the save took of this rank, so far."""
         self._thread = threading.Thread(target=self._write, args=(contents,), name="save")
@@ -112,8 +122,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf8"))  # type: ignore[no-any-return]
 
 
-def load(checkpoint: Path, engine: Engine, teacher: Teacher, center: Center) -> dict[str, Any]:
-    """Restores everything from a checkpoint that `newest` found (all ranks together); returns its state."""
+def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
+    """Restores the engine from a checkpoint that `newest` found (all ranks together); returns its state."""
     state = read_state(checkpoint)
     alike = state["world_size"] == distributed.world_size() and state["deepspeed"] == engine.description
     if alike:
@@ -121,15 +131,24 @@ def load(checkpoint: Path, engine: Engine, teacher: Teacher, center: Center) -> 
     else:
         whole, module = read_whole(checkpoint)
         engine.load_whole(whole, module, state["loss_scale"])
-    tensors = safetensors.torch.load_file(checkpoint / "teacher.safetensors")
+    return state
+
+
+def teacher_files(teacher: Teacher, center: Center) -> dict[str, dict[str, Tensor]]:
+    """What a pretraining keeps beside the engine's files (all ranks together)."""
+    return {TEACHER: teacher.state_dict() | {CENTER: center.value.to("cpu", copy=True)}}
+
+
+def load_teacher(checkpoint: Path, teacher: Teacher, center: Center) -> None:
+    """Restores what `teacher_files` kept, on any number of ranks."""
+    tensors = safetensors.torch.load_file(checkpoint / TEACHER)
     center.value.copy_(tensors.pop(CENTER))
     teacher.load_state_dict(tensors)
-    return state
 
 
 def read_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     """{"teacher": …, "student": …}: fp32 weights and buffers by name, from any ZeRO stage and number of ranks."""
-    teacher = safetensors.torch.load_file(checkpoint / "teacher.safetensors")
+    teacher = safetensors.torch.load_file(checkpoint / TEACHER)
     teacher.pop(CENTER)
     whole, module = read_whole(checkpoint)
     student = {name: value.float() for name, value in module.items()}
@@ -238,15 +257,17 @@ def _make_room(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _snapshot(engine: Engine, teacher: Teacher, center: Center, state: dict[str, Any]) -> dict[str, Content]:
+def _snapshot(
+    engine: Engine, beside: Callable[[], dict[str, dict[str, Tensor]]], state: dict[str, Any]
+) -> dict[str, Content]:
     """This rank's files by name, in memory."""
     contents: dict[str, Content] = {**engine.snapshot()}
-    tensors = teacher.state_dict() | {CENTER: center.value.to("cpu", copy=True)}
+    files = beside()
     layout = distributed.gather_objects(
         [(f.name, f.start, len(f.master), f.flat, f.flat_start) for f in engine.fragments]
     )
     if distributed.rank() == 0:
-        contents["teacher.safetensors"] = tensors  # copies already: they become a file's bytes behind the steps
+        contents |= files  # copies already: they become a file's bytes behind the steps
         contents["state.json"] = json.dumps(state, indent=2).encode()
         contents["layout.json"] = json.dumps(layout).encode()
     return contents

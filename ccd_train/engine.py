@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ccd_train import distributed
-from ccd_train.config import Config
+from ccd_train.config import RunConfig
 from ccd_train.errors import UserError
 
 # DeepSpeed's keys that our configuration owns, and the field to set instead.
@@ -142,11 +143,11 @@ def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
 class Engine:
     """The student, its gradients and its optimiser."""
 
-    def __init__(self, student: nn.Module, config: Config, accumulation: int) -> None:
-        """`student` on this rank's device, with the same weights on every rank."""
-        deepspeed = _import_deepspeed()
+    def __init__(self, student: nn.Module, config: RunConfig, betas: tuple[float, float], accumulation: int) -> None:
+        """`student` on this rank's device, with the same weights on every rank; AdamW's decay rates."""
+        deepspeed = _import_deepspeed(config.log.verbose)
         self.name, content = read_deepspeed_file(config.deepspeed)
-        optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, betas=config.optimizer.betas)
+        optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, betas=betas)
         content |= {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -161,7 +162,7 @@ class Engine:
             content["zero_optimization"].setdefault("memory_efficient_linear", False)
         self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._names = {id(parameter): name for name, parameter in student.named_parameters()}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it found its operators
+        with contextlib.redirect_stdout(sys.stderr if config.log.verbose else io.StringIO()):  # it prints what it found
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=student, optimizer=optimizer, config=content, dist_init_required=False
             )
@@ -207,7 +208,7 @@ class Engine:
         if not last:
             self._engine.step()  # only counts
 
-    def set_rates(self, lr: float, weight_decay: float, prototypes_frozen: bool) -> None:
+    def set_rates(self, lr: float, weight_decay: float, prototypes_frozen: bool = False) -> None:
         """Of the step to come. A frozen group has rate 0: its weights then stay as they are, to the bit."""
         for group in self._base.param_groups:
             group["lr"] = 0.0 if prototypes_frozen and group["part"] == "prototypes" else lr
@@ -379,14 +380,15 @@ class Engine:
             piece.view(-1)[:1] = torch.nan
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without its chatter: it logs through a logger of its own and warns of its own calls into torch."""
+def _import_deepspeed(verbose: bool) -> Any:
+    """DeepSpeed, without its chatter unless `verbose`: it has a logger of its own and warns of its calls into torch."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
     # On CPUs it would compile an all-reduce through shared memory at the first start. gloo needs no compiler, leaves
     # nothing behind when it is killed, and does not wait for ever for a rank that is gone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

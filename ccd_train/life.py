@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from ccd_train import distributed
-from ccd_train.config import Config, identity
+from ccd_train.config import RunConfig, identity
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, UserError
 from ccd_train.files import replace_file, write_json
 from ccd_train.options import describe, to_dict
@@ -64,7 +64,7 @@ class Stop:
         self._signal = self._signal or signal.Signals(number).name
 
 
-def open_run_dir(config: Config) -> Path:
+def open_run_dir(config: RunConfig) -> Path:
     """Makes the run folder (rank 0); UserError on every rank where that cannot be."""
     assert config.run_dir is not None
     with distributed.together():
@@ -105,13 +105,14 @@ def lock(run_dir: Path, patience: float = LOCK_SECONDS) -> IO[str] | None:
             return file
 
 
-def claim(run_dir: Path, config: Config, corpus: str, global_batch: int | None) -> int | None:
-    """Makes sure that this configuration and corpus are those of the run folder; returns the run's global batch.
+def claim(run_dir: Path, config: RunConfig, facts: dict[str, str], global_batch: int | None) -> int | None:
+    """Makes sure that this configuration and these facts, such as the hash of its corpus, are those of the run folder;
+    returns the run's global batch.
 
     `global_batch` None takes what the first life fixed, and is None where there was none. UserError with the
     differences where it is another run, unless --resume.allow_change.
     """
-    mine = identity(to_dict(config)) | {"corpus": corpus, "train.global_batch_size": global_batch}
+    mine = identity(to_dict(config)) | facts | {"train.global_batch_size": global_batch}
     try:
         known = json.loads((run_dir / "identity.json").read_text(encoding="utf8"))
     except FileNotFoundError:
@@ -131,11 +132,11 @@ def claim(run_dir: Path, config: Config, corpus: str, global_batch: int | None) 
     return global_batch
 
 
-def describe_run(run_dir: Path, config: Config, corpus: str, global_batch: int) -> None:
+def describe_run(run_dir: Path, config: RunConfig, facts: dict[str, str], global_batch: int) -> None:
     """Writes config.yaml, identity.json and a block of environment.txt (rank 0)."""
     hosts = distributed.gather_objects(socket.gethostname())
     if distributed.rank() == 0:
-        mine = identity(to_dict(config)) | {"corpus": corpus, "train.global_batch_size": global_batch}
+        mine = identity(to_dict(config)) | facts | {"train.global_batch_size": global_batch}
         write_json(run_dir / "identity.json", mine)
         replace_file(run_dir / "config.yaml", describe(config).encode())
         with (run_dir / "environment.txt").open("a", encoding="utf8") as file:

@@ -24,7 +24,7 @@ def check_pretraining(config: Config, ranks: int) -> None:
     check_batch(config, ranks)
     corpus = Corpus.open(config.data.shards, config.data.exclude)
     check_writable(config.run_dir)
-    claim(config.run_dir, config, corpus.hash, config.train.global_batch_size)
+    claim(config.run_dir, config, {"corpus": corpus.hash}, config.train.global_batch_size)
     check_space(config)
 
 

@@ -25,10 +25,10 @@ BASE = {
     "distributed",
 }  # fmt: skip
 METHOD = {
-    "pictures", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers", "decoding",
+    "pictures", "gallery", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers", "decoding",
     "scoring", "models", "data",
 }  # fmt: skip
-RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "run"}
+RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "training", "run"}
 LAYERS = ("base", "method", "runtime", "verbs")
 
 

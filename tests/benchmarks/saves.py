@@ -32,7 +32,7 @@ def measure(name: str, folder: Path) -> str:
     config = replace(config, train=replace(config.train, micro_batch_size=2))
     torch.manual_seed(0)
     student = ccd.Student(config.model)
-    engine = Engine(student, config, accumulation=1)
+    engine = Engine(student, config, config.optimizer.betas, accumulation=1)
     teacher = Teacher(engine, ccd.Teacher(config.model))
     center = Center(config.model.prototypes, distributed.device())
     engine.set_rates(1e-4, 0.04, prototypes_frozen=False)
@@ -46,7 +46,9 @@ def measure(name: str, folder: Path) -> str:
     blocked, behind, size = [], [], 0
     for step in range(1, ROUNDS + 1):
         began = time.perf_counter()
-        save = checkpoint.Save(folder / name, engine, teacher, center, state | {"step": step})
+        save = checkpoint.Save(
+            folder / name, engine, lambda: checkpoint.teacher_files(teacher, center), state | {"step": step}
+        )
         blocked.append(time.perf_counter() - began)
         problem = save.finish()
         assert problem is None, problem
