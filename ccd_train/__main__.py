@@ -16,6 +16,8 @@ VERBS = {
     "views": "draw the views, masks and regions of some samples",
     "probe": "classify characters with frozen features",
     "doctor": "look at everything that a run needs, here or on every node",
+    "read": "read the words in images",
+    "evaluate": "measure on benchmarks how well a recogniser reads",
     "export": "write a run's weights for others",
 }
 
