@@ -139,7 +139,12 @@ def read_export(path: Path) -> Trained:
         raise UserError(f"{path}: its description is damaged ({error}); export the recogniser again") from None
     model = from_dict(config.Model, values["model"], str(path), "model.")
     sizes = from_dict(config.Recognizer, values["recognizer"], str(path), "recognizer.")
-    model.check()
+    config.require(
+        model.heads >= 1 and model.width % model.heads == 0,
+        "model.heads",
+        model.heads,
+        f"no divisor of the width in {path}",
+    )
     sizes.check()
     charset = Charset(characters, name)
     refuse_misfits(_shapes(model, sizes, charset), state, str(path))

@@ -1,0 +1,130 @@
+"""`ccd-train read`: text and confidence of plain image files, and every image that cannot be read by its name."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import words
+from conftest import Tiny
+
+from ccd_train import read
+from ccd_train.errors import FINISHED, REFUSED, UserError
+from ccd_train.reading import Reader, Reading
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return words.write(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture()
+def folder(tiny: Tiny, tmp_path: Path) -> Path:
+    """Five images in two folders, and a file that is none."""
+    for number, data in enumerate(words.images(tiny.lmdb, 5)):
+        path = tmp_path / "images" / ("below" if number > 2 else "") / f"{number}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+def test_a_line_for_every_image(export: Path, folder: Path, tiny: Tiny, capsys: Output) -> None:
+    assert read.main(["--weights", str(export), str(folder)]) == FINISHED
+    expected = words.texts(words.small(), words.images(tiny.lmdb, 5))
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(Path(path).name, text) for path, text, _ in lines] == [
+        (f"{number}.JPG", text) for number, text in enumerate(expected)
+    ]
+    assert all(0 <= float(confidence) <= 1 for _, _, confidence in lines)
+
+
+def test_json_lines_hold_the_confidence_of_every_character(export: Path, folder: Path, capsys: Output) -> None:
+    assert read.main(["--weights", str(export), str(folder / "0.JPG"), "--json"]) == FINISHED
+    record = json.loads(capsys.readouterr().out)
+    assert record.keys() == {"image", "text", "confidence", "characters"}
+    assert len(record["characters"]) == len(record["text"]) > 0
+    assert record["confidence"] <= math.prod(record["characters"]) * 1.001
+
+
+def test_images_that_cannot_be_read_are_named_and_counted(export: Path, folder: Path, capsys: Output) -> None:
+    whole = (folder / "1.JPG").read_bytes()
+    (folder / "1.JPG").write_bytes(whole[: len(whole) // 3][:40])
+    (folder / "2.JPG").write_bytes(b"")
+    assert read.main(["--weights", str(export), str(folder)]) == FINISHED
+    output = capsys.readouterr()
+    assert [Path(line.split("\t")[0]).name for line in output.out.splitlines()] == ["0.JPG", "3.JPG", "4.JPG"]
+    complaints = output.err.splitlines()
+    assert [line.split(": ")[0] for line in complaints[:2]] == [str(folder / "1.JPG"), str(folder / "2.JPG")]
+    assert complaints[2] == "2 of 5 images cannot be read"
+
+
+def test_with_json_an_unreadable_image_has_a_record_too(export: Path, folder: Path, capsys: Output) -> None:
+    (folder / "2.JPG").write_bytes(b"no image")
+    assert read.main(["--weights", str(export), str(folder), "--json"]) == FINISHED
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(record["image"]).name for record in records] == [f"{number}.JPG" for number in range(5)]
+    assert [("error" in record) for record in records] == [False, False, True, False, False]
+
+
+def test_nothing_that_can_be_read_is_a_failure(export: Path, folder: Path) -> None:
+    assert read.main(["--weights", str(export), str(folder / "notes.txt")]) == REFUSED
+
+
+def test_every_kind_of_pixels_is_read(export: Path, tmp_path: Path, capsys: Output) -> None:
+    grey = np.tile(np.arange(96, dtype=np.uint8), (24, 1))
+    kinds = {"grey": grey, "rgba": np.dstack([grey] * 4), "deep": grey.astype(np.uint16) * 256, "dot": grey[:1, :1]}
+    for name, pixels in kinds.items():
+        cv2.imwrite(str(tmp_path / f"{name}.png"), pixels)
+    assert read.main(["--weights", str(export), str(tmp_path)]) == FINISHED
+    assert len(capsys.readouterr().out.splitlines()) == len(kinds)
+
+
+def test_a_batch_reads_as_its_images_alone(tiny: Tiny) -> None:
+    reader, contents = Reader(words.small()), words.images(tiny.lmdb, 6)
+    contents[2] = b"damaged"
+    batch = reader.read(contents)
+    assert not isinstance(batch[2], Reading)
+    for place in (0, 5):
+        alone, among = reader.read([contents[place]])[0], batch[place]
+        assert isinstance(alone, Reading)
+        assert isinstance(among, Reading)
+        assert alone.text == among.text
+        assert alone.confidence == pytest.approx(among.confidence, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name an image or a folder"),
+        (["missing.png"], "missing.png: no such file"),
+        (["empty"], "empty: no image in or below this folder"),
+        (["notes.txt", "--charset", "37"], "charset 37: no such name"),
+        (["notes.txt", "--charset", "DICT90"], "reads charset 62 .* not charset DICT90"),
+        (["notes.txt", "--heads", "0"], "heads = 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=message):
+        read.main(["--weights", str(export), *arguments])
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ccd_train", "read", "--weights", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == REFUSED
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
