@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
 from ccd_train.augment import MEAN, STD
@@ -14,8 +15,9 @@ ROWS = 8
 SCALE = 2  # screen pixels per pixel
 MARGIN = 4
 TITLE = 18
-COLUMNS = ("crop", "pseudo-mask", "regular view", "irregular view", "segmentation", "characters", "characters, warped")
-GREY = np.array([70, 70, 70], np.uint8)  # text that belongs to no character
+GAP = 8  # pixels between the upper and the lower picture of a cell
+COLUMNS = ("crop, pseudo-mask", "regular, irregular view", "student's segmentation", "matched characters")
+GREY = np.array([110, 110, 110], np.uint8)  # a region that is no character
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,58 @@ class Seen:
     """[2B, 2, H, W], the regular views first."""
     region_ids: Tensor
     """uint8 [2B, H, W], the regular views first."""
+    image: Tensor
+    slot: Tensor
+    """int64 [M]: the image and the region slot of each character that both views hold."""
 
 
 def draw(seen: Seen) -> np.ndarray:
     """A sheet uint8 [·, ·, 3] RGB of the first images; a character has the same colour in both views."""
-    count = min(ROWS, len(seen.images_u8))
     batch = len(seen.images_u8)
-    text = (seen.segmentation_logits[:count, 1] > seen.segmentation_logits[:count, 0]).cpu().numpy()
+    count = min(ROWS, batch)
+    both = [*range(count), *range(batch, batch + count)]
+    views = _pixels(torch.cat([seen.regular[:count], seen.irregular[:count]]))
+    text = (seen.segmentation_logits[both, 1] > seen.segmentation_logits[both, 0]).cpu().numpy()
+    matched = np.zeros((count, 256), bool)
+    for image, slot in zip(seen.image.tolist(), seen.slot.tolist(), strict=True):
+        if image < count:
+            matched[image, slot + 1] = True
+    crops = seen.images_u8[:count].permute(0, 2, 3, 1).cpu().numpy()
+    masks = _grey(seen.pseudo_mask[:count].bool().cpu().numpy())
+    segmented, ids = _grey(text), seen.region_ids[both].cpu().numpy()
+    pairs = zip(*np.split(views, 2), *np.split(ids, 2), matched, strict=True)
     columns = [
-        seen.images_u8[:count].permute(0, 2, 3, 1).cpu().numpy(),
-        _grey(seen.pseudo_mask[:count].bool().cpu().numpy()),
-        _pixels(seen.regular[:count]),
-        _pixels(seen.irregular[:count]),
-        _grey(text),
-        colours(seen.region_ids[:count].cpu().numpy()),
-        colours(seen.region_ids[batch : batch + count].cpu().numpy()),
+        [_stacked(*pair) for pair in zip(crops, masks, strict=True)],
+        [_stacked(*pair) for pair in zip(*np.split(views, 2), strict=True)],
+        [_stacked(*pair) for pair in zip(*np.split(segmented, 2), strict=True)],
+        [_joined(*parts) for parts in pairs],
     ]
-    return np.concatenate([_column(title, images) for title, images in zip(COLUMNS, columns, strict=True)], axis=1)
+    return np.concatenate([titled(title, cells) for title, cells in zip(COLUMNS, columns, strict=True)], axis=1)
+
+
+def _stacked(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Two pictures [H, W, 3], enlarged, one below the other."""
+    gap = np.full((GAP, upper.shape[1], 3), 255, np.uint8)
+    return cv2.resize(np.concatenate([upper, gap, lower]), None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_NEAREST)
+
+
+def _joined(
+    regular: np.ndarray, irregular: np.ndarray, here: np.ndarray, there: np.ndarray, matched: np.ndarray
+) -> np.ndarray:
+    """Both views [H, W, 3], dark, under their regions, with a line between the two places of a character."""
+    painted = [
+        np.where(ids[..., None] > 0, np.where(matched[ids][..., None], colours(ids), GREY), view // 2)
+        for view, ids in ((regular, here), (irregular, there))
+    ]
+    cell = _stacked(painted[0], painted[1])
+    below = np.array([0, len(here) + GAP])
+    for region in np.flatnonzero(matched):
+        ends = [np.argwhere(ids == region)[:, ::-1].mean(axis=0) for ids in (here, there)]
+        start, end = (np.round((place + 0.5) * SCALE).astype(int).tolist() for place in (ends[0], ends[1] + below))
+        color = colours(np.full((1, 1), region, np.uint8))[0, 0].tolist()
+        cv2.line(cell, start, end, (0, 0, 0), 4, cv2.LINE_AA)
+        cv2.line(cell, start, end, color, 2, cv2.LINE_AA)
+    return cell
 
 
 def colours(ids: np.ndarray) -> np.ndarray:
@@ -72,10 +109,8 @@ def _pixels(views: Tensor) -> np.ndarray:
     return np.asarray((values.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def _column(title: str, images: np.ndarray) -> np.ndarray:
-    _, height, width, _ = images.shape
-    size = (width * SCALE, height * SCALE)
-    cells = [cv2.resize(image, size, interpolation=cv2.INTER_NEAREST) for image in images]
+def titled(title: str, cells: list[np.ndarray]) -> np.ndarray:
+    """Pictures uint8 [H, W, 3] one below the other, with a margin around each and a title above."""
     framed = [cv2.copyMakeBorder(c, MARGIN, 0, MARGIN, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255)) for c in cells]
     head = np.full((TITLE, framed[0].shape[1], 3), 255, np.uint8)
     cv2.putText(head, title, (MARGIN, TITLE - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)

@@ -10,7 +10,6 @@ The same command again goes on where the run stopped, at the exact sample, on an
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -19,13 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccd_train import distributed, draws, health, pictures
+from ccd_train import distributed, draws, gallery, health, pictures
 from ccd_train.config import Config
-from ccd_train.data.batches import Batch
-from ccd_train.engine import read_deepspeed_file
-from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, TrainingError, UserError
+from ccd_train.data.batches import Batch, Reader
+from ccd_train.data.loader import sample_order
+from ccd_train.errors import TrainingError
 from ccd_train.geometry import warp_masks
-from ccd_train.life import write_outcome
 from ccd_train.losses import distillation_loss, segmentation_loss
 from ccd_train.metrics import Metrics
 from ccd_train.models.ccd import StudentOutput
@@ -34,9 +32,7 @@ from ccd_train.pictures import Seen
 from ccd_train.probe import Words, probe, read_words
 from ccd_train.rates import Rates
 from ccd_train.run import Run, begin
-from ccd_train.watch import lost_in
-
-log = logging.getLogger(__name__)
+from ccd_train.training import Pace, conclude, ended, guarded, prepare
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
     masks = torch.cat([batch.pseudo_mask.bool(), warp_masks(batch.pseudo_mask, views.theta)])
     segmentation = segmentation_loss(student.segmentation_logits, masks)
     logits = student.segmentation_logits.detach()
-    seen = Seen(batch.images_u8, batch.pseudo_mask, regular, irregular, logits, student.regions.ids)
+    seen = Seen(batch.images_u8, batch.pseudo_mask, regular, irregular, logits, *student.regions)
     has_regions = torch.zeros(len(logits) // 2, dtype=torch.bool, device=device)
     has_regions[student.regions.image] = True
     return Losses(distillation, segmentation, characters, targets, student.features, has_regions, seen)
@@ -142,36 +138,10 @@ def train_step(run: Run, logged: bool) -> Step:
         torch._foreach_copy_(moving, before)
     if logged:
         statistics["center_norm"] = center.value.norm()
-    advance(run, applied, torch.cat(sample_ids))
+    run.advance(applied, torch.cat(sample_ids))
     values = torch.stack(list(statistics.values())).tolist() if logged else []
     figures = figures_of(run, now, totals) | dict(zip(statistics, values, strict=True))
     return Step(figures, waited, totals[4] > 0, totals[5] == distributed.world_size(), losses.seen)
-
-
-def advance(run: Run, applied: bool, sample_ids: Tensor) -> None:
-    """Counts a step; ends the run where too many in a row were skipped, with their samples listed."""
-    progress = run.progress
-    progress.step += 1
-    progress.position += run.global_batch
-    if applied:
-        progress.samples += run.global_batch
-        progress.bad_steps = 0
-        return
-    progress.skipped_steps += 1
-    if run.engine.loss_scale > 1:
-        return  # fp16 is looking for its scale
-    progress.bad_steps += 1
-    samples = [sample for part in distributed.gather_objects(sample_ids.tolist()) for sample in part]
-    path = run.run_dir / "bad_steps.jsonl"
-    if distributed.rank() == 0:
-        with path.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"step": progress.step, "samples": samples}) + "\n")
-        log.warning("step %d skipped: loss or gradient not finite; its samples are in %s", progress.step, path)
-    if progress.bad_steps >= run.config.train.max_bad_steps:
-        raise TrainingError(
-            f"{progress.bad_steps} steps in a row with a loss or gradient that is not finite, up to step "
-            f"{progress.step}; their samples are in {path}; lower --optimizer.lr or look at them"
-        )
 
 
 def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
@@ -200,33 +170,38 @@ def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
 def train(run: Run, metrics: Metrics | None) -> bool:
     """Steps until the end of the run (True), or until a rank was asked to stop (False)."""
     config, progress = run.config, run.progress
-    began, waited, steps = time.monotonic(), 0.0, 0
+    pace = Pace(run.global_batch)
     words = read_words(config.probe.data, config.probe.words) if metrics and config.probe.every_steps else None
     guard = health.Guard(config, run.global_batch)
+    shown = fixed_words(run) if metrics and config.log.pictures_every_steps else None
     while progress.step < run.last_step:
         coming = progress.step + 1
         logged = coming % config.log.every_steps == 0 or coming == run.last_step
         step = train_step(run, logged)
-        waited, steps = waited + step.waited, steps + 1
+        pace.count(step.waited)
         if metrics is not None:
             metrics.advance()
             if logged:
-                seconds = time.monotonic() - began
-                rate = {"samples_per_second": steps * run.global_batch / seconds, "data_wait": waited / seconds}
-                metrics.write(step.figures | rate | probed(run, words))
-            if config.log.pictures_every_steps and (coming == 1 or coming % config.log.pictures_every_steps == 0):
-                metrics.picture("step", pictures.draw(step.seen), coming)
+                metrics.write(step.figures | pace.figures() | probed(run, words))
+            if shown and (coming == 1 or coming % config.log.pictures_every_steps == 0):
+                sheets = {"step": pictures.draw(step.seen), **gallery.draw(run.teacher.ready().vit, shown)}
+                for name, sheet in sheets.items():
+                    metrics.picture(name, sheet, coming)
         if logged:
             sound(guard.look(step.figures), config.health.stop_on_collapse, metrics)
-            began, waited, steps = time.monotonic(), 0.0, 0
-        finished = progress.step == run.last_step
-        if step.written:
-            run.finish_save()
-        if step.stop or finished or progress.step % config.checkpoint.every_steps == 0:
-            run.save(wait=step.stop or finished)
-        if step.stop and not finished:
-            return False
-    return True
+            pace.begin()
+        run.keep(step.stop, step.written)
+        if step.stop:
+            break
+    return progress.step == run.last_step
+
+
+def fixed_words(run: Run) -> gallery.Words:
+    """The run's first samples, whose features are drawn again and again."""
+    config = run.config
+    reader = Reader(run.corpus, sample_order(run.corpus, config.data, config.seed), config.data.mask_mode)
+    batch = reader.batch(0, gallery.WORDS, 0)
+    return gallery.words(batch.images_u8, batch.pseudo_mask)
 
 
 def sound(alarms: list[health.Alarm], stop: bool, metrics: Metrics | None) -> None:
@@ -248,46 +223,14 @@ def probed(run: Run, words: Words | None) -> dict[str, float]:
 
 def live(config: Config) -> tuple[int, str]:
     """One life of a run, from its start or resume to its exit code and a line about it."""
-    config.check()
-    read_deepspeed_file(config.deepspeed)  # refused now, not after the corpus was opened
-    distributed.initialize(config.distributed.timeout)
+    prepare(config)
     run = begin(config)
-    metrics = Metrics(run.run_dir, run.progress.step, run.last_step) if distributed.rank() == 0 else None
-    try:
-        if train(run, metrics):
-            return FINISHED, f"{run.progress.step} steps, {run.progress.position} samples; the run is in {run.run_dir}"
-        done = "stopped, but not saved," if run.failed_saves else "saved"
-        reason = f"{run.stop.reason()}: {done} after step {run.progress.step} of {run.last_step}"
-        return UNFINISHED, f"{reason}; start the same command again to go on"
-    except torch.OutOfMemoryError:
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        raise TrainingError(
-            f"rank {distributed.rank()}: out of GPU memory in step {run.progress.step + 1} (peak {peak:.1f} GiB); "
-            "lower --train.micro_batch_size, or use --train.activation_checkpointing"
-        ) from None
-    except RuntimeError as error:
-        if lost_in(error):
-            run.watch.lost()  # does not return
-        raise
-    finally:
-        run.close()
-        if metrics is not None:
-            metrics.close()
+    with guarded(run) as metrics:
+        return ended(run, train(run, metrics))
 
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO if distributed.rank() == 0 else logging.WARNING)
     distributed.end_with_launcher()
     config = parse(Config, argv, "ccd-train pretrain")
-    try:
-        code, message = live(config)
-    except UserError as error:
-        code, message = REFUSED, str(error)
-    except TrainingError as error:
-        code, message = FAILED, str(error)
-    write_outcome(config.run_dir, code, message)
-    if distributed.rank() == 0 or code == FAILED:
-        word = {FINISHED: "finished", UNFINISHED: "unfinished", REFUSED: "error", FAILED: "failed"}[code]
-        log.log(logging.INFO if code in (FINISHED, UNFINISHED) else logging.ERROR, "%s: %s", word, message)
-    distributed.finalize()
-    return code
+    return conclude(config.run_dir, lambda: live(config))
