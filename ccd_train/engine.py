@@ -172,6 +172,7 @@ class Engine:
         self._flats = self._find_flats()
         self.fragments = self._find_fragments()
         self._indices = {name: index for index, name in enumerate(self._names.values())}
+        self._sent: dict[tuple[str, ...], Tensor] = {}
         self._files = self._engine.checkpoint_engine = Files()
         self._engine._copy_recovery_script = lambda folder: None  # a script of DeepSpeed's, which nobody here runs
 
@@ -227,13 +228,19 @@ class Engine:
         """The L2 norm of every parameter's whole gradient, float32 [number of parameters]; one collective in all."""
         squares = torch.zeros(len(self._names), device=distributed.device())
         pieces = self._gradients()
-        index = torch.tensor([self._indices[name] for name, _ in pieces], device=squares.device)
+        index = self._index_of(tuple(name for name, _ in pieces))
         if pieces:
             norms = torch._foreach_norm([piece for _, piece in pieces], 2, dtype=torch.float32)
             squares.index_add_(0, index, torch.stack([norm.to(squares.device) for norm in norms]).square())
         if self.sharded:
             distributed.all_reduce_sum(squares)
         return squares.sqrt() / self.loss_scale
+
+    def _index_of(self, names: tuple[str, ...]) -> Tensor:
+        """The numbers of parameters, on the device; sent once, because sending them waits for what is under way."""
+        if names not in self._sent:
+            self._sent[names] = torch.tensor([self._indices[name] for name in names], device=distributed.device())
+        return self._sent[names]
 
     def clip(self, norms: Tensor, largest: float) -> None:
         """Scales each parameter's gradient down to the norm `largest` (DINO's rule: each tensor by itself)."""

@@ -115,6 +115,30 @@ def test_asked_to_stop_it_saves_at_once_and_goes_on(
     assert losses(run_dir) == losses(undisturbed)
 
 
+def test_more_signals_do_not_break_the_save(tiny: Tiny, recipe: Path, tmp_path: Path) -> None:
+    """An impatient scheduler: USR1, then TERM and INT again and again until the run has ended."""
+    run_dir = tmp_path / "run"
+    arguments = command(recipe, tiny.shards, run_dir, 1, "--max-steps", "30", "--train.global_batch_size", "4")
+    process = subprocess.Popen([*arguments, "--train.micro_batch_size", "4"])
+    limit = time.monotonic() + 200
+    while len(metrics(run_dir)) < 5:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    while not list((run_dir / "checkpoints").glob("writing_*")) and process.poll() is None:
+        time.sleep(0.0005)
+    sent = 0
+    while not (run_dir / "outcome.json").exists() and process.poll() is None:
+        process.send_signal((signal.SIGTERM, signal.SIGINT)[sent % 2])
+        sent += 1
+        time.sleep(0.002)
+    assert process.wait(timeout=60) == 75
+    assert sent > 0
+    assert outcome(run_dir)["message"].startswith("SIG") and ": saved after step" in outcome(run_dir)["message"]
+    found = checkpoint.newest(run_dir)
+    assert found is not None and checkpoint.step_of(found) == len(metrics(run_dir))
+
+
 def test_the_time_limit_ends_it_as_unfinished(tiny: Tiny, recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert live(run_dir, command(recipe, tiny.shards, run_dir, 1, "--max-minutes", "0.01")) == 75

@@ -1,0 +1,69 @@
+"""What ends a life of a run, and what it may go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Tiny
+from test_engine import small
+
+from ccd_train.config import identity
+from ccd_train.errors import UserError
+from ccd_train.life import Stop, claim
+from ccd_train.options import to_dict
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", ASKING)
+def test_signals_only_ask_however_many_come(first: signal.Signals) -> None:
+    stop = Stop(None)
+    assert not stop.wanted()
+    for number in (first, *ASKING, *ASKING):
+        os.kill(os.getpid(), number)
+    assert stop.wanted() and stop.reason() == first.name
+
+
+def test_twice_the_time_of_a_save_is_kept_for_the_last_one() -> None:
+    stop = Stop(max_minutes=10)
+    assert not stop.wanted()
+    stop.save_seconds = 299
+    assert not stop.wanted()
+    stop.save_seconds = 301
+    assert stop.wanted() and "max-minutes" in stop.reason()
+
+
+def test_the_deadline_comes_by_itself() -> None:
+    stop = Stop(max_minutes=0.5 / 60)
+    began = time.monotonic()
+    while not stop.wanted():
+        assert time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.4
+
+
+def test_another_corpus_or_batch_is_refused_with_the_difference(tiny: Tiny, tmp_path: Path) -> None:
+    config = small(tiny, tmp_path)
+    assert claim(tmp_path, config, {"corpus": "one"}, 8) == 8  # a folder that nobody has
+    known = identity(to_dict(config)) | {"corpus": "one", "train.global_batch_size": 8}
+    (tmp_path / "identity.json").write_text(json.dumps(known))
+    assert claim(tmp_path, config, {"corpus": "one"}, None) == 8
+    for facts, batch, difference in (("other", 8, r"corpus: one → other"), ("one", 16, "global_batch_size: 8 → 16")):
+        with pytest.raises(UserError, match=difference):
+            claim(tmp_path, config, {"corpus": facts}, batch)
+    allowed = replace(config, resume=replace(config.resume, allow_change=True))
+    assert claim(tmp_path, allowed, {"corpus": "other"}, 16) == 16
