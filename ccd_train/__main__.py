@@ -12,6 +12,7 @@ from ccd_train.errors import UserError, run
 
 VERBS = {
     "pretrain": "pretrain on shards; the same --run_dir again goes on where it stopped",
+    "finetune": "teach a pretrained backbone to read, from labelled words",
     "curve": "draw the losses of a run as a picture",
     "views": "draw the views, masks and regions of some samples",
     "probe": "classify characters with frozen features",

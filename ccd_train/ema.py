@@ -8,19 +8,23 @@ momentum of 0.9995 a step is mostly smaller than half the distance to the next b
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccd_train import distributed
 from ccd_train.engine import Engine
 from ccd_train.models import ccd
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class Teacher:
+
+class Average(Generic[Network]):
     """Keeps `network` at the average of the student's masters; their parameters bear the same names."""
 
-    def __init__(self, engine: Engine, network: ccd.Teacher) -> None:
+    def __init__(self, engine: Engine, network: Network) -> None:
         """`network` has the student's weights; it is cast to the student's type and moved to this rank's device."""
         self.network = network.to(distributed.device(), engine.dtype)
         parameters = dict(self.network.named_parameters())
@@ -44,11 +48,14 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """average ← momentum · average + (1 − momentum) · student; starts bringing it into the network."""
+        """average ← momentum · average + (1 − momentum) · student; starts bringing it into the network.
+
+        A momentum of 0 makes the network a copy of the student, whole on every rank.
+        """
         torch._foreach_lerp_(self._averages, self._masters, 1.0 - momentum)
         self._send()
 
-    def ready(self) -> ccd.Teacher:
+    def ready(self) -> Network:
         """The network with its newest weights; waits for the all-gather."""
         if self._gather is not None:
             self._gather.wait()
@@ -94,3 +101,6 @@ class Teacher:
             sizes = [size for _, _, size in places]
             pieces += row[: sum(sizes)].split(sizes) if sizes else []
         return pieces
+
+
+Teacher = Average[ccd.Teacher]

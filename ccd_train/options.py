@@ -27,7 +27,7 @@ def parse(kind: type[Settings], argv: Sequence[str], program: str) -> Settings:
     Raises UserError for an unknown recipe, key or option and for a value of the wrong type; what is impossible for
     other reasons is left to the settings' own `check`.
     """
-    recipe, show, rest = _own_options(argv)
+    recipe, show, rest = _own_options(kind, argv)
     base = kind() if recipe is None else read_recipe(kind, recipe)
     _refuse_unknown_options(kind, rest)
     complaints = io.StringIO()
@@ -49,12 +49,12 @@ def read_recipe(kind: type[Settings], name: str) -> Settings:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"--config {name}: no such file; recipes are {', '.join(recipes())}")
+            raise UserError(f"--config {name}: no such file; recipes are {', '.join(recipes(kind))}")
         text = path.read_text(encoding="utf8")
-    elif name in recipes():
+    elif name in recipes(kind):
         text = resources.files("ccd_train").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf8")
     else:
-        raise UserError(f"--config {name}: no such recipe; there are {', '.join(recipes())}, or give a .yaml file")
+        raise UserError(f"--config {name}: no such recipe; there are {', '.join(recipes(kind))}, or give a .yaml file")
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -62,10 +62,11 @@ def read_recipe(kind: type[Settings], name: str) -> Settings:
     return from_dict(kind, values, where=name)
 
 
-def recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    folder = resources.files("ccd_train").joinpath("recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def recipes(kind: type) -> list[str]:
+    """The names of the recipes of this package that set nothing but what such settings have."""
+    folder, known = resources.files("ccd_train").joinpath("recipes"), {item.name for item in dataclasses.fields(kind)}
+    texts = {entry.name: entry.read_text(encoding="utf8") for entry in folder.iterdir()}
+    return sorted(name.removesuffix(".yaml") for name, text in texts.items() if known.issuperset(yaml.safe_load(text)))
 
 
 def from_dict(
@@ -145,7 +146,7 @@ def option_names(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _own_options(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
+def _own_options(kind: type, argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
     """Takes --config NAME_OR_FILE and --print_config out of the command line."""
     recipe, show, rest = None, False, []
     arguments = iter(argv)
@@ -154,7 +155,7 @@ def _own_options(argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
         if name == "--config":
             recipe = value if equals else next(arguments, None)
             if recipe is None:
-                raise UserError(f"--config: a recipe or a file must follow; recipes are {', '.join(recipes())}")
+                raise UserError(f"--config: a recipe or a file must follow; recipes are {', '.join(recipes(kind))}")
         elif argument.replace("-", "_") == "__print_config":
             show = True
         else:

@@ -18,7 +18,7 @@ from ccd_train.losses import Center
 from ccd_train.models import ccd
 from ccd_train.options import to_dict
 from ccd_train.rates import Rates, rates
-from ccd_train.training import Home, Progress, Training
+from ccd_train.training import Home, Progress, Training, compile_blocks
 
 
 class Run(Training):
@@ -58,10 +58,7 @@ def begin(config: Config) -> Run:
     shared = student.state_dict()
     network.load_state_dict({name: shared[name] for name in network.state_dict()})
     if config.train.compile:
-        for block in [*student.vit.blocks, *network.vit.blocks]:
-            # in place: names stay. Not whole blocks: torch.compile fails on the integers that draw stochastic depth
-            block.attention.compile()
-            block.mlp.compile()
+        compile_blocks(student.vit, network.vit)
     engine = Engine(student, config, config.optimizer.betas, home.accumulation)
     teacher = Teacher(engine, network)
     center = Center(config.model.prototypes, distributed.device())

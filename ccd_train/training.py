@@ -25,6 +25,7 @@ from ccd_train.engine import Engine, read_deepspeed_file
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, MissingRanksError, TrainingError, UserError
 from ccd_train.life import Stop, claim, describe_run, lock, open_run_dir, write_outcome
 from ccd_train.metrics import Metrics
+from ccd_train.models.vit import Block, VisionTransformer
 from ccd_train.options import to_dict
 from ccd_train.presence import introduce
 from ccd_train.watch import Watch, lost_in
@@ -288,6 +289,14 @@ def use_threads(config: RunConfig) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def compile_blocks(*backbones: VisionTransformer) -> None:
+    """In place: names stay. Not whole blocks: torch.compile fails on the integers that draw stochastic depth."""
+    for block in (block for backbone in backbones for block in backbone.blocks):
+        assert isinstance(block, Block)
+        block.attention.compile()
+        block.mlp.compile()
 
 
 def check_batches(config: RunConfig, global_batch: int) -> None:

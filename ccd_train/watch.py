@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 1.0  # between two signs
 SILENCE = 5.0  # seconds without a sign after which a rank counts as dead
-PHASES = ("start", "data", "forward", "backward", "update", "save")
+PHASES = ("start", "data", "forward", "backward", "update", "validation", "save")
 
 
 @dataclass(frozen=True)

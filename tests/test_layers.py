@@ -22,13 +22,13 @@ RANK_VARIABLES = {
 
 BASE = {
     "errors", "files", "draws", "config", "options", "severities", "schedules", "rates", "geometry", "charset",
-    "distributed",
+    "distributed", "finetuning",
 }  # fmt: skip
 METHOD = {
-    "pictures", "gallery", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers", "decoding",
-    "scoring", "models", "data",
+    "pictures", "gallery", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers",
+    "decoding", "scoring", "models", "data",
 }  # fmt: skip
-RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "training", "run"}
+RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "training", "run", "tuning"}
 LAYERS = ("base", "method", "runtime", "verbs")
 
 

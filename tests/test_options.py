@@ -51,7 +51,7 @@ def test_official_constants() -> None:
     assert base.train.micro_batch_size == 48
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", recipes(Config))
 def test_recipes_are_possible_and_survive_writing(name: str) -> None:
     config = from_dict(Config, {**to_dict(read_recipe(Config, name)), "run_dir": "r"}, "test")
     for section in fields(config):

@@ -33,6 +33,8 @@ from ccd_train.data.shards import Corpus, DamagedSampleError
 from ccd_train.data.words import Words
 from ccd_train.errors import TrainingError
 
+NO_MASK = np.zeros((HEIGHT, WIDTH), np.uint8)
+
 _log = logging.getLogger(__name__)
 
 
@@ -93,7 +95,8 @@ class Reader:
 
     corpus: Corpus | Words
     order: Order | Mixture
-    mask_mode: MaskMode
+    mask_mode: MaskMode | None
+    """None: no masks are wanted; those of the batches are empty."""
     with_labels: bool = False
     patience: tuple[float, ...] = (0.5, 2.0, 8.0)
     """Seconds to wait before a file that could not be read is tried again: a shared file system may stumble."""
@@ -140,11 +143,14 @@ class Reader:
         parts = ["image", *(["mask"] if self.mask_mode == "stored" else []), *(["label"] if self.with_labels else [])]
         found = dict(zip(parts, self._read(shard, row, parts), strict=True))
         image = decode_rgb(found["image"] or b"")
-        stored = found.get("mask")
-        mask = pseudo_mask(image, self.mask_mode) if stored is None else decode_mask(stored)
         label = found.get("label")
         text = None if label is None else label.decode(errors="replace")
-        return Sample(resize_image(image), resize_mask(mask), image.shape[:2], text)
+        return Sample(resize_image(image), self._mask(image, found.get("mask")), image.shape[:2], text)
+
+    def _mask(self, image: np.ndarray, stored: bytes | None) -> np.ndarray:
+        if self.mask_mode is None:
+            return NO_MASK
+        return resize_mask(pseudo_mask(image, self.mask_mode) if stored is None else decode_mask(stored))
 
     def _read(self, shard: int, row: int, parts: list[str]) -> tuple[bytes | None, ...]:
         """The bytes of some parts of a sample."""

@@ -191,7 +191,7 @@ def loader(
     rank: int,
     world_size: int,
     workers: int,
-    mask_mode: MaskMode = "otsu",
+    mask_mode: MaskMode | None = "otsu",
     with_labels: bool = False,
     max_damaged: float = 0.001,
     stage: Path | None = None,

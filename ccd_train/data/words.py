@@ -141,12 +141,13 @@ def open_words(
     All ranks together: each looks at its part of the labels. `option` names the folders in messages. UserError for
     folders without words or without labels, and for a benchmark.
     """
-    sources = [source for folder in folders for source in _open(folder, option)]
-    places = [Place(source, shard) for source in sources for shard in range(len(source.shard_samples))]
-    rows = [place.share(seed, fraction) for place in places]
-    look = _Look(places, rows)
-    mine = range(distributed.rank(), len(places), distributed.world_size())
-    tally = charset.tally(look.labels(mine), length)
+    with distributed.together():
+        sources = [source for folder in folders for source in _open(folder, option)]
+        places = [Place(source, shard) for source in sources for shard in range(len(source.shard_samples))]
+        rows = [place.share(seed, fraction) for place in places]
+        look = _Look(places, rows)
+        mine = range(distributed.rank(), len(places), distributed.world_size())
+        tally = charset.tally(look.labels(mine), length)
     unlabelled: dict[int, np.ndarray] = {}
     total = Tally()
     for other, left_out in distributed.gather_objects((tally, look.left_out)):

@@ -89,7 +89,7 @@ class Step:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="vit_nano", choices=recipes())
+    parser.add_argument("--recipe", default="vit_nano", choices=recipes(Config))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)

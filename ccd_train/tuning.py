@@ -1,0 +1,209 @@
+"""A fine-tuning run: everything that a step touches, built from its settings or restored from its newest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ccd_train import checkpoint, distributed, recognizers, schedules, weights
+from ccd_train.augment import WordAugmentation
+from ccd_train.charset import Charset, read_charset
+from ccd_train.data.loader import Batches, loader
+from ccd_train.data.order import Order
+from ccd_train.data.words import Words, open_words
+from ccd_train.ema import Average
+from ccd_train.engine import Engine
+from ccd_train.errors import UserError
+from ccd_train.files import write_json
+from ccd_train.finetuning import SCRATCH, FineTuning
+from ccd_train.geometry import Affine
+from ccd_train.models.recognizer import Recognizer
+from ccd_train.options import to_dict
+from ccd_train.recognizers import Trained
+from ccd_train.training import Home, Progress, Training, compile_blocks
+
+log = logging.getLogger(__name__)
+
+BACKBONE = ("width", "depth", "heads")  # settings of the model that a recogniser has in common with a pretraining
+BEST = f"export/{recognizers.FILE}"  # of the run folder
+
+
+@dataclass
+class Learned(Progress):
+    """Where a fine-tuning stands: how well it read when it read best, as well."""
+
+    best: float = -1.0
+    """The best accuracy of a validation so far."""
+    best_step: int = 0
+    stale: int = 0
+    """Validations since then."""
+
+
+class Tuning(Training):
+    progress: Learned
+
+    def __init__(
+        self,
+        config: FineTuning,
+        home: Home,
+        words: Words,
+        valid: Words,
+        charset: Charset,
+        engine: Engine,
+        network: Recognizer,
+        batches: Batches,
+        progress: Learned,
+    ) -> None:
+        super().__init__(home, engine, batches, progress, beside=dict)
+        self.config, self.words, self.valid, self.charset = config, words, valid, charset
+        self.augmentation = WordAugmentation(config.augment, Affine())
+        self.copy = Average(engine, network)
+        """For validation: whole and in evaluation mode on every rank, whatever the ZeRO stage."""
+        self._kept = -1.0
+        if home.found is not None and distributed.rank() == 0 and (self.run_dir / BEST).exists():
+            self._kept = float(recognizers.read_export(self.run_dir / BEST).about["accuracy"])
+
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        optimizer, total = self.config.optimizer, self.config.train.total_samples
+        return schedules.warmup_cosine(
+            self.progress.samples, self.global_batch, optimizer.lr, optimizer.final_lr, optimizer.warmup_samples, total
+        )
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to do: the last step is done, or patience is at its end."""
+        patience = self.config.valid.patience
+        return self.progress.step >= self.last_step or 0 < patience <= self.progress.stale
+
+    def judge(self, accuracy: float) -> None:
+        """Takes note of a validation of `copy`, and keeps the best as RUN/export (all ranks together)."""
+        progress = self.progress
+        if accuracy <= progress.best:
+            progress.stale += 1
+            return
+        progress.best, progress.best_step, progress.stale = accuracy, progress.step, 0
+        state = self.copy.state_dict()
+        with distributed.together():
+            # a life before this one, on other ranks, may have been better by a rounding at a step that was lost
+            if distributed.rank() == 0 and accuracy >= self._kept:
+                config = self.config
+                about = {
+                    "accuracy": accuracy, "rule": config.valid.rule, "step": progress.step,
+                    "samples": progress.samples, "seed": config.seed, "fraction": config.data.fraction,
+                    "init": str(config.init), "global_batch_size": self.global_batch, **self.home.facts,
+                }  # fmt: skip
+                trained = Trained(config.model, config.recognizer, self.charset, state, about, str(self.run_dir))
+                recognizers.write(self.run_dir / BEST, trained)
+                self._kept = accuracy
+
+
+def begin(config: FineTuning) -> Tuning:
+    """Builds a run, and goes on where its folder stands. Raises UserError on all ranks where that cannot be."""
+    home = Home(config)
+    with distributed.together():
+        charset = read_charset(config.data.charset)
+    words, valid = open_data(config, charset, home.run_dir)
+    home.settle({"corpus": words.hash, "valid": valid.hash, "charset": charset.characters})
+
+    torch.manual_seed(config.seed)
+    student = Recognizer(config.model, config.recognizer, charset.classes, config.train.activation_checkpointing)
+    if home.found is None:
+        with distributed.together():
+            start_from(config, charset, student)
+    network = Recognizer(config.model, config.recognizer, charset.classes).eval().requires_grad_(False)
+    network.load_state_dict(student.state_dict())
+    if config.train.compile:
+        compile_blocks(student.vit)
+    engine = Engine(student.to(distributed.device()), config, config.optimizer.betas, home.accumulation)
+    progress = Learned()
+    if home.found is not None:
+        progress.restore(checkpoint.load(home.found, engine))
+    batches = loader(
+        words,
+        Order(words.shard_samples, config.seed, window(config)),
+        start_position=progress.position,
+        end_position=max(home.last_step * home.global_batch, progress.position),
+        global_batch_size=home.global_batch,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=config.data.workers,
+        mask_mode=None,
+        with_labels=True,
+        max_damaged=config.data.max_damaged,
+    )
+    return Tuning(config, home, words, valid, charset, engine, network, batches, progress)
+
+
+def window(config: FineTuning) -> int:
+    """Shards shuffled together: the smaller the share of their words, the more of them."""
+    return round(config.data.window_shards / config.data.fraction)
+
+
+def open_data(config: FineTuning, charset: Charset, run_dir: Path) -> tuple[Words, Words]:
+    """The words to learn from and those to validate on; what is odd about their labels goes to the log and labels.json.
+
+    All ranks together. Raises UserError on all of them.
+    """
+    settings, length = config.data, config.recognizer.length
+    words, tally = open_words(
+        settings.train, charset, length, option="data.train", seed=config.seed, fraction=settings.fraction
+    )
+    valid, valid_tally = open_words(settings.valid, charset, length, option="data.valid")
+    if distributed.rank() == 0:
+        epochs = config.train.total_samples / words.num_samples
+        log.info("data.train: %d words, to be seen %.3g times; %s", words.num_samples, epochs, tally.describe())
+        log.info("data.valid: %d words; %s", valid.num_samples, valid_tally.describe())
+        found = (("train", words, tally), ("valid", valid, valid_tally))
+        write_json(
+            run_dir / "labels.json", {name: {"words": part.num_samples, **vars(odd)} for name, part, odd in found}
+        )
+    return words, valid
+
+
+def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> None:
+    """Gives a new run the weights that --init names; UserError where they do not fit."""
+    path = config.init
+    assert path is not None
+    if path == SCRATCH:
+        return
+    if is_recognizer(path):
+        trained = recognizers.read(path, charset, config.model.heads, config.recognizer.heads)
+        refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), except_for=("dropout",))
+        refuse_other("model", path, backbone(to_dict(trained.model)), backbone(to_dict(config.model)))
+        weights.load(student, trained.state, trained.origin)
+        return
+    found = checkpoint.open_weights(path, config.model.heads)
+    refuse_other("model", path, backbone(to_dict(found.model)), backbone(to_dict(config.model)))
+    teacher = {name.removeprefix("vit."): tensor for name, tensor in found.teacher.items() if name.startswith("vit.")}
+    # the norms of the taps belong to the segmentation head
+    used = {name: tensor for name, tensor in teacher.items() if not name.startswith("tap_norms.")}
+    weights.load(student.vit, used, found.origin)
+
+
+def is_recognizer(path: Path) -> bool:
+    """Whether there is a recogniser, in whatever form, and not a pretraining's weights."""
+    if path.suffix in (".pth", ".pt"):
+        return "net" in weights.read_tensors(path)
+    return path.name == recognizers.FILE or any((path / place).is_file() for place in recognizers.PLACES)
+
+
+def backbone(model: dict[str, object]) -> dict[str, object]:
+    return {name: model[name] for name in BACKBONE}
+
+
+def refuse_other(
+    section: str, path: Path, theirs: dict[str, object], mine: dict[str, object], except_for: tuple[str, ...] = ()
+) -> None:
+    """UserError that names the sizes in which weights and settings differ."""
+    differences = [
+        f"{section}.{name}: {theirs[name]} → {mine[name]}"
+        for name in mine
+        if theirs[name] != mine[name] and name not in except_for
+    ]
+    if differences:
+        raise UserError(f"--init {path}: another network ({', '.join(differences)}); take the recipe of its size")
