@@ -31,7 +31,7 @@ def decode(decoder: Decoder, memory: Tensor, stop_early: bool = True) -> Words:
     """Memory [B, S, E] → words. stop_early ends when all words have ended; without it the work is always the same."""
     padding, end = decoder.classes, decoder.classes - 1
     state = decoder.begin(memory)
-    token = torch.full((len(memory),), end, dtype=torch.int64, device=memory.device)
+    token = torch.full_like(memory[:, 0, 0], end, dtype=torch.int64)  # exporters see no number in it
     ended = torch.zeros_like(token, dtype=torch.bool)
     tokens, confidences = [], []
     for _ in range(decoder.length):

@@ -122,6 +122,19 @@ def read(
     return trained
 
 
+def is_recognizer(path: Path) -> bool:
+    """Whether there is a recogniser here, rather than a pretraining or nothing. UserError for a damaged .pth."""
+    if path.suffix in (".pth", ".pt"):
+        return path.is_file() and "net" in read_tensors(path)
+    if path.suffix != ".safetensors":
+        return any((path / place).is_file() for place in PLACES)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def read_export(path: Path) -> Trained:
     """What write wrote. Raises UserError."""
     try:

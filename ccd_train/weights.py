@@ -1,8 +1,9 @@
 """Weights in files: official checkpoints in and out, and our own exports.
 
 An export is a folder with `config.json`, `teacher.safetensors` and `student.safetensors`. An official checkpoint is a
-`.pth` with `teacher` and `student`, whose names begin with `module.` (the wrapper of its training loop). Whatever does
-not fit is listed by name and refused. Nothing read here can run code.
+`.pth` with `teacher` and `student`, whose names begin with `module.` (the wrapper of its training loop). The ViT
+alone is one file under timm's names. Whatever does not fit is listed by name and refused. Nothing read here can run
+code.
 
 The position embedding is the one tensor that the two do not share. The official code stores a 16×16 grid and resizes
 it to 8×32 on every forward pass; ours is the 8×32 grid itself. In: the resize is done once, exactly. Out: a 16×16 grid
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from ccd_train.config import Model
 from ccd_train.errors import UserError
 from ccd_train.models.ccd import Student, Teacher
-from ccd_train.models.vit import GRID
+from ccd_train.models.vit import GRID, VisionTransformer
 from ccd_train.options import from_dict, to_dict
 
 State = dict[str, Tensor]
@@ -36,6 +37,8 @@ NETWORKS: dict[str, type[Student] | type[Teacher]] = {"teacher": Teacher, "stude
 FORMAT = "ccd_train weights 1"
 CONFIG = "config.json"
 
+BACKBONE_SIZES = ("width", "depth", "heads")  # in the metadata of a backbone by itself
+BACKBONE_PREFIX = re.compile(r"^backbone\.")  # without it the official names are timm's
 OFFICIAL_TAPS = (2, 4, 6)
 OFFICIAL_HEAD_WIDTH = 64  # width / heads of the official tiny, small and base
 OFFICIAL_GRID = 16
@@ -200,6 +203,37 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); choose another --out") from None
     return residual
+
+
+def write_backbone(path: Path, state: State, model: Model) -> None:
+    """Writes the ViT of a state alone, one file under timm's names. UserError where it cannot be written."""
+    names = {name: BACKBONE_PREFIX.sub("", official_name(name)) for name in state if name.startswith("vit.")}
+    tensors = {official: state[name].contiguous() for name, official in names.items() if "norm_seg" not in official}
+    sizes = {name: str(getattr(model, name)) for name in BACKBONE_SIZES}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(save(tensors, metadata={"format": "pt", **sizes}))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None
+
+
+def read_backbone(path: str | Path) -> VisionTransformer:
+    """The ViT of a file that write_backbone wrote, in evaluation mode; it returns tokens and no taps. UserError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata, official = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); export the backbone again") from None
+    if not all(metadata.get(name, "").isdigit() for name in BACKBONE_SIZES):
+        raise UserError(
+            f"{path}: not a backbone (no {', '.join(BACKBONE_SIZES)}); see ccd-train export --format backbone"
+        )
+    vit = VisionTransformer(*(int(metadata[name]) for name in BACKBONE_SIZES), taps=())
+    names = {name: BACKBONE_PREFIX.sub("", official_name(f"vit.{name}")) for name in vit.state_dict()}
+    wanted = {names[name]: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+    refuse_misfits(wanted, official, str(path))
+    vit.load_state_dict({name: official[names[name]] for name in names})
+    return vit.eval()
 
 
 def official_name(name: str) -> str:

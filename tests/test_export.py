@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ccd_train import checkpoint, export, probe, weights
 from ccd_train.errors import UserError
+from ccd_train.models.ccd import Teacher
 
 SMALL = {
     "model": {
@@ -75,6 +76,50 @@ def test_a_run_goes_out_in_the_official_layout_and_comes_back(run_dir: Path, tmp
         if name != weights.EMBEDDING:
             assert torch.equal(back.teacher[name], tensor), name
     assert back.model.freeze_gain
+
+
+def test_the_backbone_alone_is_read_in_three_lines(run_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "vit.safetensors"
+    assert export.main(["--weights", str(run_dir), "--format", "backbone", "--out", str(path)]) == 0
+    vit = weights.read_backbone(path)
+    teacher = Teacher(checkpoint.open_weights(run_dir).model)
+    teacher.load_state_dict(checkpoint.open_weights(run_dir).teacher)
+    images = torch.randn(2, 3, 32, 128)
+    with torch.no_grad():
+        tokens, taps = vit(images)
+        assert torch.equal(tokens, teacher.vit(images)[0])
+    assert taps == []
+
+
+def test_the_backbone_bears_the_names_of_timm(run_dir: Path, tmp_path: Path) -> None:
+    """Those of timm.models.VisionTransformer without class token (timm 1.0), as far as their shapes go as well."""
+    path = tmp_path / "vit.safetensors"
+    assert export.main(["--weights", str(run_dir), "--format", "backbone", "--out", str(path)]) == 0
+    block = {
+        "norm1.weight": (32,), "norm1.bias": (32,), "attn.qkv.weight": (96, 32), "attn.qkv.bias": (96,),
+        "attn.proj.weight": (32, 32), "attn.proj.bias": (32,), "norm2.weight": (32,), "norm2.bias": (32,),
+        "mlp.fc1.weight": (128, 32), "mlp.fc1.bias": (128,), "mlp.fc2.weight": (32, 128), "mlp.fc2.bias": (32,),
+    }  # fmt: skip
+    expected = {
+        "pos_embed": (1, 256, 32), "patch_embed.proj.weight": (32, 3, 4, 4), "patch_embed.proj.bias": (32,),
+        "norm.weight": (32,), "norm.bias": (32,),
+    }  # fmt: skip
+    expected |= {f"blocks.{number}.{name}": shape for number in range(6) for name, shape in block.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == expected
+
+
+def test_what_is_no_backbone_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    assert export.main(["--weights", str(run_dir), "--out", str(tmp_path)]) == 0
+    with pytest.raises(UserError, match="not a backbone"):
+        weights.read_backbone(tmp_path / "teacher.safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        weights.read_backbone(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("form", ["onnx", "torchscript"])
+def test_a_pretraining_reads_nothing(run_dir: Path, tmp_path: Path, form: str) -> None:
+    with pytest.raises(UserError, match=f"no recogniser, which --format {form} is for; fine-tune it first"):
+        export.main(["--weights", str(run_dir), "--format", form, "--out", str(tmp_path / "x")])
 
 
 def test_a_run_is_probed(run_dir: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,107 @@
+"""A recogniser as one file that needs nothing of this package: ONNX or TorchScript, from pixels to tokens.
+
+    images       uint8 [B, 32, 128, 3], RGB: word crops resized without keeping their aspect ratio
+    tokens       int64 [B, T]: the charset's characters by number, N unknown, N + 1 the end, then N + 2
+    confidences  float32 [B, T]: the probability of each token, given those before it; 1 after the end
+
+Normalisation, network and the greedy loop (all T steps of it) are inside; the batch may be of any size. `describe` goes
+with the file: as metadata of an ONNX model, as the extra file description.json in TorchScript.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccd_train.augment import normalize
+from ccd_train.data.masks import HEIGHT, WIDTH
+from ccd_train.decoding import decode
+from ccd_train.errors import UserError
+from ccd_train.models.recognizer import Recognizer
+from ccd_train.recognizers import Trained
+
+DESCRIPTION = "description.json"
+OUTPUTS = ["tokens", "confidences"]
+EXAMPLES = 2  # images to trace with; of a batch of 1 exporters make a constant
+
+
+class Whole(nn.Module):
+    """From pixels to tokens."""
+
+    def __init__(self, recognizer: Recognizer) -> None:
+        super().__init__()
+        self.recognizer = recognizer
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = images.permute(0, 3, 1, 2).float()
+        normalize(pixels)
+        words = decode(self.recognizer.decoder, self.recognizer.encode(pixels), stop_early=False)
+        return words.tokens, words.confidences
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """What one needs to turn the tokens into text."""
+    charset = trained.charset
+    return {
+        "characters": charset.characters,
+        "charset": charset.name,
+        "unknown": charset.unknown,
+        "end": charset.end,
+        "padding": charset.padding,
+        "about": trained.about,
+    }
+
+
+def write_torchscript(path: Path, trained: Trained) -> None:
+    """Raises UserError where it cannot be written."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the loop has a fixed length, which the tracer cannot know
+        traced = torch.jit.trace(Whole(trained.network()), _examples(), check_trace=False)
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer, {DESCRIPTION: json.dumps(describe(trained))})
+    _write(path, buffer.getvalue())
+
+
+def write_onnx(path: Path, trained: Trained) -> None:
+    """Takes minutes for the official sizes. Raises UserError, also where the libraries for it are not installed."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError as error:
+        raise UserError(f"--format onnx needs the package {error.name}: pip install onnx onnxscript") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            Whole(trained.network()),
+            (_examples(),),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=OUTPUTS,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in describe(trained).items()})
+    _write(path, model.SerializeToString())
+
+
+def _examples() -> Tensor:
+    return torch.zeros(EXAMPLES, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None

@@ -1,0 +1,157 @@
+"""Recognisers for other tools: ONNX Runtime and plain torch read the same words as the live model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import words
+from conftest import Tiny
+
+from ccd_train import export, portable, recognizers
+from ccd_train.data.masks import decode_rgb, resize_image
+from ccd_train.decoding import Words
+from ccd_train.errors import UserError
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="the packages of the extra 'onnx' are not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export, and its two other forms."""
+    return words.write(tmp_path_factory.mktemp("portable"))
+
+
+@pytest.fixture(scope="module")
+def crops(tiny: Tiny) -> np.ndarray:
+    return np.stack([resize_image(decode_rgb(data)) for data in words.images(tiny.lmdb, 5)])
+
+
+@pytest.fixture(scope="module")
+def live(folder: Path, crops: np.ndarray) -> Words:
+    whole = portable.Whole(recognizers.read(folder).network())
+    with torch.no_grad():
+        return Words(*whole(torch.from_numpy(crops)))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(folder: Path) -> Path:
+    path = folder / "recognizer.onnx"
+    assert export.main(["--weights", str(folder), "--format", "onnx", "--out", str(path)]) == 0
+    return path
+
+
+def spelt(tokens: Any, description: dict[str, Any]) -> list[str]:
+    """Text by nothing but the description."""
+    texts = []
+    for row in tokens.tolist():
+        row = row[: row.index(description["end"])] if description["end"] in row else row
+        texts.append("".join(description["characters"][token] for token in row))
+    return texts
+
+
+def test_the_live_model_takes_pixels_as_the_reader_does(live: Words, tiny: Tiny) -> None:
+    expected = words.texts(words.small(), words.images(tiny.lmdb, 5))
+    assert spelt(live.tokens, portable.describe(words.small())) == expected
+
+
+def test_torchscript_reads_without_this_package(folder: Path, crops: np.ndarray, live: Words) -> None:
+    path = folder / "recognizer.pt"
+    assert export.main(["--weights", str(folder), "--format", "torchscript", "--out", str(path)]) == 0
+    np.save(folder / "crops.npy", crops)
+    program = (
+        "import sys, json, numpy, torch\n"
+        "files = {'description.json': ''}\n"
+        "model = torch.jit.load(sys.argv[1], _extra_files=files)\n"
+        "tokens, confidences = model(torch.from_numpy(numpy.load(sys.argv[2])))\n"
+        "assert 'ccd_train' not in sys.modules\n"
+        "print(json.dumps([tokens.tolist(), confidences.tolist(), json.loads(files['description.json'])]))\n"
+    )
+    command = [sys.executable, "-c", program, str(path), str(folder / "crops.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    tokens, confidences, description = json.loads(done.stdout.splitlines()[-1])
+    assert tokens == live.tokens.tolist()
+    assert torch.allclose(torch.tensor(confidences), live.confidences, atol=1e-5)
+    assert description == portable.describe(recognizers.read(folder))
+
+
+@needs_onnx
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_onnxruntime_reads_batches_of_any_size(onnx_file: Path, crops: np.ndarray, live: Words, batch: int) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    tokens, confidences = session.run(None, {"images": crops[:batch]})
+    assert tokens.tolist() == live.tokens[:batch].tolist()
+    assert np.allclose(confidences, live.confidences[:batch].numpy(), atol=1e-5)
+
+
+@needs_onnx
+def test_an_onnx_model_describes_itself(onnx_file: Path, live: Words, tiny: Tiny) -> None:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(str(onnx_file))
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    description = {name: json.loads(value) for name, value in metadata.items()}
+    assert description == portable.describe(words.small())
+    assert [(one.name, one.type) for one in session.get_inputs()] == [("images", "tensor(uint8)")]
+    assert [one.name for one in session.get_outputs()] == portable.OUTPUTS
+    assert spelt(live.tokens, description) == words.texts(words.small(), words.images(tiny.lmdb, 5))
+
+
+def test_without_the_packages_a_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['onnx'] = None\n"
+        "from ccd_train import export; from ccd_train.errors import run\n"
+        "run(lambda: export.main(sys.argv[1:]))"
+    )
+    options = ["--weights", str(folder), "--format", "onnx", "--out", str(tmp_path / "x.onnx")]
+    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --format onnx needs the package onnx: pip install onnx onnxscript\n"
+
+
+def test_a_recognizer_is_exported_again(folder: Path, tmp_path: Path) -> None:
+    for out in (tmp_path / "one.safetensors", tmp_path / "folder"):
+        assert export.main(["--weights", str(folder), "--out", str(out)]) == 0
+        again, first = recognizers.read(out), recognizers.read(folder)
+        assert (again.model, again.sizes, again.charset, again.about) == (
+            first.model, first.sizes, first.charset, first.about
+        )  # fmt: skip
+        assert all(torch.equal(again.state[name], tensor) for name, tensor in first.state.items())
+
+
+def test_any_crop_fits_after_a_resize(folder: Path) -> None:
+    whole = portable.Whole(recognizers.read(folder).network())
+    crop = np.random.default_rng(0).integers(0, 255, (7, 300, 3), dtype=np.uint8)
+    tokens, _ = whole(torch.from_numpy(cv2.resize(crop, (128, 32)))[None])
+    assert tokens.shape == (1, words.SIZES.length)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "onnx"], "--format onnx needs a place"),
+        ([], "needs a place: say where to write with --out"),
+        (["--out", "x.pth"], "not written in the official layout"),
+        (["--format", "torchscript", "--out", "/dev/null/x.pt"], "cannot be written"),
+        (["--charset", "36", "--out", "x"], "reads charset 62"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(folder: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export.main(["--weights", str(folder), *arguments])
