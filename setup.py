@@ -36,10 +36,15 @@ setup(
         "PyYAML>=6.0",  # recipes
         "tqdm>=4.66",  # progress bars
         "safetensors>=0.4",  # weights for others, without pickle
+        "rapidfuzz>=3.0",  # the edit distance of evaluations
         "psutil>=5.9",  # the interface between the nodes, by its name
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],
+        "onnx": ["onnx>=1.16", "onnxscript>=0.1", "onnxruntime>=1.18"],  # ccd-train export --format onnx
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"),
+            *("onnx>=1.16", "onnxscript>=0.1", "onnxruntime>=1.18"),
+        ],
     },
     entry_points={
         "console_scripts": [
