@@ -15,7 +15,8 @@ ROWS = 8
 SCALE = 2  # screen pixels per pixel
 MARGIN = 4
 TITLE = 18
-GAP = 8  # pixels between the upper and the lower picture of a cell
+GAP = 3  # pixels between the upper and the lower picture of a cell
+SPACE = 14  # screen pixels between two such cells
 COLUMNS = ("crop, pseudo-mask", "regular, irregular view", "student's segmentation", "matched characters")
 GREY = np.array([110, 110, 110], np.uint8)  # a region that is no character
 
@@ -61,7 +62,7 @@ def draw(seen: Seen) -> np.ndarray:
         [_stacked(*pair) for pair in zip(*np.split(segmented, 2), strict=True)],
         [_joined(*parts) for parts in pairs],
     ]
-    return np.concatenate([titled(title, cells) for title, cells in zip(COLUMNS, columns, strict=True)], axis=1)
+    return np.concatenate([titled(title, cells, SPACE) for title, cells in zip(COLUMNS, columns, strict=True)], axis=1)
 
 
 def _stacked(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -109,9 +110,9 @@ def _pixels(views: Tensor) -> np.ndarray:
     return np.asarray((values.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def titled(title: str, cells: list[np.ndarray]) -> np.ndarray:
-    """Pictures uint8 [H, W, 3] one below the other, with a margin around each and a title above."""
-    framed = [cv2.copyMakeBorder(c, MARGIN, 0, MARGIN, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255)) for c in cells]
+def titled(title: str, cells: list[np.ndarray], space: int = MARGIN) -> np.ndarray:
+    """Pictures uint8 [H, W, 3] one below the other, with `space` below each and a title above."""
+    framed = [cv2.copyMakeBorder(c, 0, space, MARGIN, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255)) for c in cells]
     head = np.full((TITLE, framed[0].shape[1], 3), 255, np.uint8)
     cv2.putText(head, title, (MARGIN, TITLE - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([head, *framed])

@@ -35,7 +35,7 @@ def seen(count: int = 3) -> pictures.Seen:
 def cell(sheet: np.ndarray, column: int) -> np.ndarray:
     """The first row's cell of a column, at half its size: [72, 128, 3]."""
     left = column * (128 * pictures.SCALE + pictures.MARGIN) + pictures.MARGIN
-    top = pictures.TITLE + pictures.MARGIN
+    top = pictures.TITLE
     height = (64 + pictures.GAP) * pictures.SCALE
     return sheet[top : top + height : pictures.SCALE, left : left + 128 * pictures.SCALE : pictures.SCALE]
 
