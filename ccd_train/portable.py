@@ -85,6 +85,7 @@ def write_onnx(path: Path, trained: Trained) -> None:
             (_examples(),),
             dynamo=True,
             verbose=False,
+            optimize=False,  # it takes as long again, and onnxruntime optimises when it loads
             input_names=["images"],
             output_names=OUTPUTS,
             dynamic_shapes=({0: torch.export.Dim("batch")},),

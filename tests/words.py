@@ -14,11 +14,11 @@ from ccd_train.reading import Reader, Reading
 from ccd_train.recognizers import Trained
 
 MODEL = config.Model(width=16, depth=1, heads=2)
-SIZES = config.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=6)
+SIZES = config.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=4)
 
 
 def small(charset: str = "62", seed: int = 3) -> Trained:
-    """Five characters a word at most, letters and digits."""
+    """Four letters or digits a word."""
     characters = read_charset(charset)
     torch.manual_seed(seed)
     network = Recognizer(MODEL, SIZES, characters.classes)
