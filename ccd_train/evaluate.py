@@ -10,7 +10,6 @@ errors.html). An image that cannot be read counts as a wrong word.
 from __future__ import annotations
 
 import heapq
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,8 +28,6 @@ from ccd_train.options import parse
 from ccd_train.reading import Reader, Reading, Source
 from ccd_train.recognizers import Trained
 from ccd_train.scoring import MEANING, same, similarity
-
-log = logging.getLogger(__name__)
 
 Rule = Literal["lower_alnum", "case", "all"]
 
@@ -108,15 +105,15 @@ def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: in
     remaining = tqdm(words, desc=chosen.name, unit=" words", leave=False, disable=None)
     for batch in _batches(iter(remaining), batch_size):
         for word, reading in zip(batch, reader.read([word.image for word in batch]), strict=True):
-            text = reading.text if isinstance(reading, Reading) else ""
-            right = isinstance(reading, Reading) and same(text, word.label, rule)
-            close = similarity(text, word.label, rule) if isinstance(reading, Reading) else 0.0
+            readable = isinstance(reading, Reading)
+            text, confidence = (reading.text, reading.confidence) if isinstance(reading, Reading) else ("", 0.0)
+            right = readable and same(text, word.label, rule)
+            close = similarity(text, word.label, rule) if readable else 0.0
             count, correct, total = count + 1, correct + right, total + close
-            unreadable += not isinstance(reading, Reading)
+            unreadable += not readable
             empty += same("", word.label, rule)
             if not right:
-                confidence = reading.confidence if isinstance(reading, Reading) else None
-                mistake = Mistake(1 - close, confidence or 0.0, -word.number, word.label, text, confidence is None)
+                mistake = Mistake(1 - close, confidence, -word.number, word.label, text, not readable)
                 (heapq.heappush if len(worst) < errors else heapq.heappushpop)(worst, mistake)
     if not count:
         raise UserError(f"{chosen.path}: no labelled words in it; leave it out by --sets")
@@ -154,8 +151,8 @@ def table(trained: Trained, rule: str, results: Sequence[Result]) -> str:
             f"| {average.name} | {average.words:,} | {average.accuracy:.2%} | {average.accuracy_by_words:.2%} "
             f"| {average.similarity:.4f} | {average.similarity_by_words:.4f} | {' '.join(average.sets)} |"
         )
-    lines += ["", f"- weights: {_described(trained)}", f"- charset: {_charset(trained)}"]
-    lines += [f"- rule `{rule}`: {MEANING[rule]}"]
+    lines += ["", f"- weights: {trained.origin} (sha256 {digest(Path(trained.origin)).sha256[:12]})"]
+    lines += [f"- charset: {_charset(trained)}", f"- rule `{rule}`: {MEANING[rule]}"]
     lines += [f"- warning: {warning}" for warning in warnings(results, rule)]
     return "\n".join(lines) + "\n"
 
@@ -226,10 +223,6 @@ def _average(name: str, results: Sequence[Result]) -> Average:
         sum(result.similarity for result in results) / len(results),
         sum(result.similarity * result.words for result in results) / words,
     )
-
-
-def _described(trained: Trained) -> str:
-    return f"{trained.origin} (sha256 {digest(Path(trained.origin)).sha256[:12]})"
 
 
 def _charset(trained: Trained) -> str:

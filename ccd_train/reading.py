@@ -67,20 +67,9 @@ class Reader:
 
     def read(self, images: Sequence[bytes]) -> list[Reading | UndecodableImage]:
         """What stands in each image; for one that cannot be read, why not. All go through the network as one batch."""
-        readings: list[Reading | UndecodableImage] = []
-        crops: list[np.ndarray] = []
-        places: list[int] = []
-        for place, data in enumerate(images):
-            try:
-                crops.append(resize_image(decode_rgb(data)))
-                places.append(place)
-            except UndecodableImage as error:
-                readings.append(error)
-            else:
-                readings.append(Reading("", 0.0, []))
-        for place, reading in zip(places, self._read(crops), strict=True):
-            readings[place] = reading
-        return readings
+        crops = [_crop(data) for data in images]
+        readings = iter(self._read([crop for crop in crops if isinstance(crop, np.ndarray)]))
+        return [next(readings) if isinstance(crop, np.ndarray) else crop for crop in crops]
 
     def _read(self, crops: Sequence[np.ndarray]) -> list[Reading]:
         """Crops uint8 [32, 128, 3]."""
@@ -94,3 +83,10 @@ class Reader:
             text = self._charset.decode(tokens)
             readings.append(Reading(text, math.prod(confidences), confidences[: len(text)]))
         return readings
+
+
+def _crop(data: bytes) -> np.ndarray | UndecodableImage:
+    try:
+        return resize_image(decode_rgb(data))
+    except UndecodableImage as error:
+        return error
