@@ -1,4 +1,4 @@
-"""The jobs that ccd-submit submits: a pretraining run, and the sharding of a corpus; checked while they are made."""
+"""The jobs that ccd-submit submits: a run that trains, and the sharding of a corpus; checked while they are made."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccd_train.config import Config
 from ccd_train.data.records import find_lmdbs
 from ccd_train.errors import UserError
 from ccd_train.options import parse
 from launch import slurm
-from launch.preflight import check_pretraining, check_writable
+from launch.outcome import SETTINGS
+from launch.preflight import check_training, check_writable
 from launch.script import array, render
 
 BESIDE_WORKERS = 2  # CPUs per process for what is not the loader: the training process and its helpers
@@ -36,13 +36,13 @@ class Job:
         return slurm.sbatch(self.folder, [*options, self.name])
 
 
-def pretraining(arguments: Namespace, settings: list[str]) -> Job:
-    """The job of a pretraining run. Raises UserError for what would fail in the queue."""
+def training(arguments: Namespace, settings: list[str]) -> Job:
+    """The job of a run of `ccd-train {arguments.trains}`. Raises UserError for what would fail in the queue."""
     run_dir = arguments.run_dir.resolve()
     settings = [*settings, "--run_dir", str(run_dir)]
-    config = parse(Config, settings, "ccd-train pretrain")
+    config = parse(SETTINGS[arguments.trains], settings, f"ccd-train {arguments.trains}")
     processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_pretraining(config, arguments.nodes * processes)
+    check_training(config, arguments.nodes * processes)
     options: dict[str, str | None] = {
         "job-name": arguments.job_name or f"ccd-{run_dir.name}".replace("\n", " "),
         "nodes": str(arguments.nodes),
@@ -57,13 +57,14 @@ def pretraining(arguments: Namespace, settings: list[str]) -> Job:
     if arguments.gpus_per_node and arguments.gres is None:
         options["gpus-per-node"] = str(arguments.gpus_per_node)
     lines = common_lines(arguments, settings) | {
+        "verb=": f"verb={arguments.trains}",
         "max_requeues=": f"max_requeues={arguments.max_requeues}",
         "requeue=": f"requeue={'no' if arguments.chain else 'yes'}",
-        "doctor=": f"doctor={'yes' if arguments.doctor else 'no'}",
+        "doctor=": f"doctor={'yes' if getattr(arguments, 'doctor', False) else 'no'}",
         "nproc=": f"nproc={processes}",
     }
     text = render("slurm_pretrain.sbatch", options | passed_on(arguments), lines)
-    return Job(log_folder(run_dir), "pretrain.sbatch", text)
+    return Job(log_folder(run_dir), f"{arguments.trains}.sbatch", text)
 
 
 def sharding(arguments: Namespace, settings: list[str]) -> Job:

@@ -1,10 +1,11 @@
 """The lives of a run on a cluster: whether the job that has just ended shall be started again.
 
-    python -m launch.lives begin MAX_REQUEUES -- SETTINGS      before a life; refuses what would not get anywhere
-    python -m launch.lives end MAX_REQUEUES -- SETTINGS        after it; ends with 75 when it shall be started again
+    python -m launch.lives begin MAX_REQUEUES -- pretrain SETTINGS    before a life; refuses what would get nowhere
+    python -m launch.lives end MAX_REQUEUES -- pretrain SETTINGS      after it; ends with 75: it shall be started again
 
-Called by slurm_pretrain.sbatch, whose settings follow. The run folder remembers: `RUN/lives.jsonl` has a line when a
-life begins (job, requeues so far, step, the outcome that lay there) and one when it ends (exit code).
+Called by slurm_pretrain.sbatch, whose verb (pretrain, finetune) and settings follow. The run folder remembers:
+`RUN/lives.jsonl` has a line when a life begins (job, requeues so far, step, the outcome that lay there) and one when it
+ends (exit code).
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def end(run_dir: Path, max_requeues: int) -> int:
 
 def main(argv: list[str]) -> int:
     if len(argv) < 3 or argv[0] not in ("begin", "end") or not argv[1].isdigit() or argv[2] != "--":
-        raise UserError("usage: python -m launch.lives begin|end MAX_REQUEUES -- SETTINGS")
-    run_dir = checked_run_dir(["ccd_train", "pretrain", *argv[3:]])
+        raise UserError("usage: python -m launch.lives begin|end MAX_REQUEUES -- VERB SETTINGS")
+    run_dir = checked_run_dir(["ccd_train", *argv[3:]])
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         return (begin if argv[0] == "begin" else end)(run_dir, int(argv[1]))

@@ -8,6 +8,7 @@ it. The settings are checked before anything is started: what is refused costs n
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -18,8 +19,11 @@ from types import FrameType
 
 from ccd_train.config import Config
 from ccd_train.errors import FAILED, UserError, run
+from ccd_train.finetuning import FineTuning
 from ccd_train.options import parse
 
+SETTINGS: dict[str, type[Config | FineTuning]] = {"pretrain": Config, "finetune": FineTuning}
+"""Of the verbs that train."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -51,14 +55,14 @@ def outcome_identity(run_dir: Path) -> list[int] | None:
 
 
 def checked_run_dir(command: list[str]) -> Path:
-    """The run folder of a command `… ccd_train pretrain SETTINGS`. Raises UserError where the settings are refused."""
-    for index in range(len(command) - 1):
-        if command[index] == "ccd_train" and command[index + 1] == "pretrain":
-            config = parse(Config, command[index + 2 :], "ccd-train pretrain")
+    """The run folder of a command `… ccd_train VERB SETTINGS`. Raises UserError where the settings are refused."""
+    for index, (word, verb) in enumerate(itertools.pairwise(command)):
+        if word == "ccd_train" and verb in SETTINGS:
+            config = parse(SETTINGS[verb], command[index + 2 :], f"ccd-train {verb}")
             config.check()
             assert config.run_dir is not None
             return config.run_dir
-    raise UserError("launch.outcome: the command has no `-m ccd_train pretrain` whose outcome could be read")
+    raise UserError("launch.outcome: the command has no `-m ccd_train pretrain` or `finetune` with an outcome to read")
 
 
 def follow(command: list[str]) -> int:

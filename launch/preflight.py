@@ -8,27 +8,56 @@ from pathlib import Path
 
 import torch
 
+from ccd_train.charset import read_charset
 from ccd_train.config import Config
 from ccd_train.data.shards import Corpus
+from ccd_train.data.words import open_words
 from ccd_train.errors import UserError
+from ccd_train.finetuning import SCRATCH, FineTuning
 from ccd_train.life import claim
 from ccd_train.models.ccd import Student
+from ccd_train.models.recognizer import Recognizer
 
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_pretraining(config: Config, ranks: int) -> None:
+def check_training(config: Config | FineTuning, ranks: int) -> None:
     """Raises UserError for whatever would refuse or end this run on `ranks` ranks."""
     config.check()
     assert config.run_dir is not None
     check_batch(config, ranks)
-    corpus = Corpus.open(config.data.shards, config.data.exclude)
+    facts = facts_of(config)
     check_writable(config.run_dir)
-    claim(config.run_dir, config, {"corpus": corpus.hash}, config.train.global_batch_size)
-    check_space(config)
+    claim(config.run_dir, config, facts, config.train.global_batch_size)
+    check_space(config, parameters_of(config))
 
 
-def check_batch(config: Config, ranks: int) -> None:
+def facts_of(config: Config | FineTuning) -> dict[str, str]:
+    """What tells this run from others beside its settings; its data are opened for that."""
+    if isinstance(config, FineTuning):
+        data, charset, length = config.data, read_charset(config.data.charset), config.recognizer.length
+        words, _ = open_words(
+            data.train, charset, length, option="data.train", seed=config.seed, fraction=data.fraction
+        )
+        valid, _ = open_words(data.valid, charset, length, option="data.valid")
+        if config.init is not None and config.init != SCRATCH and not config.init.exists():
+            raise UserError(f"--init {config.init}: no such file or folder; name a run, an export, a .pth, or scratch")
+        return {"corpus": words.hash, "valid": valid.hash, "charset": charset.characters}
+    return {"corpus": Corpus.open(config.data.shards, config.data.exclude).hash}
+
+
+def parameters_of(config: Config | FineTuning) -> int:
+    """How many parameters are trained."""
+    with torch.device("meta"):
+        if isinstance(config, FineTuning):
+            classes = read_charset(config.data.charset).classes
+            network: torch.nn.Module = Recognizer(config.model, config.recognizer, classes)
+        else:
+            network = Student(config.model)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def check_batch(config: Config | FineTuning, ranks: int) -> None:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if batch is not None and batch % (micro * ranks):
         raise UserError(
@@ -52,11 +81,9 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.resolve().parents) if place.exists())
 
 
-def check_space(config: Config) -> None:
+def check_space(config: Config | FineTuning, parameters: int) -> None:
     """Room for the checkpoints that are kept and the one that is being written."""
     assert config.run_dir is not None
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Student(config.model).parameters())
     needed = parameters * CHECKPOINT_BYTES * (config.checkpoint.keep + 1)
     present = sum(path.stat().st_size for path in (config.run_dir / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(config.run_dir)).free

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
-from ccd_train.config import Config
+from ccd_train.config import Config, RunConfig
 from ccd_train.errors import UserError
+from ccd_train.finetuning import FineTuning
 from ccd_train.options import read_recipe
 from launch import slurm
 from launch.lives import newest_step, read_lives
 from launch.outcome import read_outcome
+
+KINDS: dict[type[RunConfig], str] = {FineTuning: "^recognizer:", Config: "^distillation:"}
+"""A section of config.yaml that only this kind of run has."""
 
 
 def describe(run_dir: Path) -> str:
@@ -44,11 +49,18 @@ def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     step, rate = int(metrics["step"]), float(metrics["samples_per_second"])
     age = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime
     rows = [("step", f"{step}, logged {_duration(age)} ago"), ("rate", f"{rate:.0f} samples/s")]
-    config = read_recipe(Config, str(run_dir / "config.yaml"))
+    config = read_settings(run_dir)
     batch = metrics["samples"] / step
     last_step = config.max_steps or -(-config.train.total_samples // batch)
     left = max(last_step - step, 0) * batch / rate if rate else float("inf")
     return [*rows, ("left", f"{_duration(left)} to step {last_step:.0f}")]
+
+
+def read_settings(run_dir: Path) -> RunConfig:
+    """The settings in force, of whatever kind of run."""
+    path = run_dir / "config.yaml"
+    kind = next(kind for kind, mark in KINDS.items() if re.search(mark, path.read_text(encoding="utf-8"), re.MULTILINE))
+    return read_recipe(kind, str(path))
 
 
 def _alarms(run_dir: Path) -> list[tuple[str, str]]:

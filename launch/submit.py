@@ -2,11 +2,12 @@
 
     ccd-submit pretrain --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu --run_dir runs/first \\
         -- --config vit_small --data.shards shards
+    ccd-submit finetune --run_dir runs/reader -- --config recognizer_small --init runs/first --data.train …
     ccd-submit shard --src lmdbs --out shards --name mj --slices 64
     ccd-submit status runs/first
 
-What stands after `--` goes to `ccd-train pretrain` or `ccd-data convert`. The script of a job is written beside its
-logs, in the run folder or in OUT.slurm, where it can be read, edited and submitted by hand.
+What stands after `--` goes to `ccd-train pretrain` or `finetune`, or to `ccd-data convert`. The script of a job is
+written beside its logs, in the run folder or in OUT.slurm, where it can be read, edited and submitted by hand.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import sys
 from pathlib import Path
 
 from ccd_train.errors import FINISHED, run
-from launch.jobs import PASSED_ON, pretraining, sharding
+from launch.jobs import PASSED_ON, sharding, training
 from launch.status import describe
 
 
-def submit_pretraining(arguments: argparse.Namespace, settings: list[str]) -> int:
-    job = pretraining(arguments, settings)
+def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
+    job = training(arguments, settings)
     if arguments.dry_run:
         print(job.text, end="")
         return FINISHED
@@ -69,18 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ccd-submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    pretrain = verbs.add_parser("pretrain", help="a pretraining run", allow_abbrev=False)
-    pretrain.set_defaults(verb=submit_pretraining)
-    pretrain.add_argument("--run_dir", "--run-dir", type=Path, required=True, help="on a disk that all nodes see")
-    pretrain.add_argument("--nodes", type=positive, default=1)
-    pretrain.add_argument("--gpus-per-node", type=natural, default=8, help="0: processes on CPUs (default: 8)")
-    pretrain.add_argument("--processes-per-node", type=positive, default=1, help="without GPUs (default: 1)")
-    pretrain.add_argument("--cpus-per-gpu", type=positive, help="default: the loader's workers + 2")
-    pretrain.add_argument("--save-seconds", type=positive, default=600, help="time to save before the limit (600)")
-    pretrain.add_argument("--max-requeues", type=natural, default=50, help="lives after the first, at most (50)")
-    pretrain.add_argument("--chain", type=positive, default=0, metavar="K", help="K jobs in a row instead of requeues")
-    pretrain.add_argument("--doctor", action="store_true", help="first look at every node (`ccd-train doctor`)")
-    add_sbatch_options(pretrain, time="24:00:00")
+    for name, title, time in (
+        ("pretrain", "a pretraining run", "24:00:00"),
+        ("finetune", "a fine-tuning run", "12:00:00"),
+    ):
+        add_training_options(verbs.add_parser(name, help=title, allow_abbrev=False), name, time)
     shard = verbs.add_parser("shard", help="LMDBs to shards, an array of jobs", allow_abbrev=False)
     shard.set_defaults(verb=submit_sharding)
     shard.add_argument("--src", type=Path, action="append", required=True, help="an LMDB or a tree of them; repeatable")
@@ -94,6 +88,21 @@ def build_parser() -> argparse.ArgumentParser:
     status.set_defaults(verb=print_status)
     status.add_argument("run_dir", type=Path, metavar="RUN")
     return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser, trains: str, time: str) -> None:
+    parser.set_defaults(verb=submit_training, trains=trains)
+    parser.add_argument("--run_dir", "--run-dir", type=Path, required=True, help="on a disk that all nodes see")
+    parser.add_argument("--nodes", type=positive, default=1)
+    parser.add_argument("--gpus-per-node", type=natural, default=8, help="0: processes on CPUs (default: 8)")
+    parser.add_argument("--processes-per-node", type=positive, default=1, help="without GPUs (default: 1)")
+    parser.add_argument("--cpus-per-gpu", type=positive, help="default: the loader's workers + 2")
+    parser.add_argument("--save-seconds", type=positive, default=600, help="time to save before the limit (600)")
+    parser.add_argument("--max-requeues", type=natural, default=50, help="lives after the first, at most (50)")
+    parser.add_argument("--chain", type=positive, default=0, metavar="K", help="K jobs in a row instead of requeues")
+    if trains == "pretrain":
+        parser.add_argument("--doctor", action="store_true", help="first look at every node (`ccd-train doctor`)")
+    add_sbatch_options(parser, time)
 
 
 def add_sbatch_options(parser: argparse.ArgumentParser, time: str) -> None:

@@ -17,4 +17,4 @@ else
     rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 fi
 exec python -m launch.outcome \
-    python -m launch.torchrun "${rendezvous[@]}" --nproc_per_node "$nproc" -m ccd_train pretrain "$@"
+    python -m launch.torchrun "${rendezvous[@]}" --nproc_per_node "$nproc" -m ccd_train "${VERB:-pretrain}" "$@"

@@ -22,7 +22,7 @@ class Run:
         for name, value in {"JOB_ID": job, "RESTART_COUNT": restarts, "JOB_DEPENDENCY": after}.items():
             self.environment.setenv(f"SLURM_{name}", str(value))
         settings = ["--config", "vit_nano", "--data.shards", "shards", "--run_dir", str(self.folder)]
-        return main([event, str(cap), "--", *settings])
+        return main([event, str(cap), "--", "pretrain", *settings])
 
     def outcome(self, code: int) -> None:
         (self.folder / "outcome.json").unlink(missing_ok=True)

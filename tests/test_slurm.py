@@ -211,6 +211,19 @@ def test_a_chain_needs_no_requeue(cluster: Cluster, tiny: Tiny, undisturbed: dic
     assert cluster.job(first)["Restarts"] == "0"
 
 
+def test_a_fine_tuning_is_a_job_like_any_other(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    size = ["--nodes", "2", "--gpus-per-node", "0", "--cpus-per-gpu", "2", "--run_dir", str(run_dir)]
+    data = ["--data.train", str(tiny.lmdb), "--data.valid", str(tiny.lmdb), "--data.workers", "0"]
+    words = ["--config", "recognizer_nano", "--init", "scratch", *data, "--max-steps", "4", "--log.every_steps", "1"]
+    words += ["--train.micro_batch_size", "8", "--train.global_batch_size", "16", "--train.threads", "1"]
+    text = ccd_submit(cluster, "finetune", *size, "--", *words)
+    job = text.splitlines()[0].removeprefix("submitted job ")
+    assert wait_for_end(cluster, job, run_dir)["JobState"] == "COMPLETED", log_of(run_dir)
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4]
+    assert "finished (0)" in ccd_submit(cluster, "status", str(run_dir))
+
+
 def test_a_slice_that_failed_is_done_again(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     """Slice 2 comes to a node that is not ready; the merge waits for nothing, and the second submission mends it."""
     out, ready = tmp_path / "a, b's $(touch executed)", tmp_path / "ready"

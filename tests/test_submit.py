@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from conftest import Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccd_train.config import Checkpoint, Config, Model
+from ccd_train.config import Checkpoint, Config
 from ccd_train.errors import UserError
+from ccd_train.finetuning import FineTuning
 from ccd_train.options import describe as describe_settings
 from ccd_train.options import read_recipe
 from launch.jobs import extra_options
-from launch.preflight import check_space
+from launch.preflight import check_space, parameters_of
 from launch.script import array, directive
 from launch.status import describe
 from launch.submit import read
@@ -92,6 +94,30 @@ def test_what_would_fail_in_the_queue_is_refused(
         submit(*pretrain_words(tmp_path / name), "--", *run_on(tiny), *rest)
 
 
+def finetune_words(run_dir: Path, corpus: Tiny, *more: str) -> list[str]:
+    words = ["finetune", "--run_dir", str(run_dir), "--gpus-per-node", "2", "--dry-run", "--"]
+    size = ["--train.micro_batch_size", "16"]
+    data = ["--data.train", str(corpus.lmdb), "--data.valid", str(corpus.shards)]
+    return [*words, "--config", "recognizer_nano", "--init", "scratch", *size, *data, *more]
+
+
+def test_a_fine_tuning_is_checked_and_written_likewise(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(*finetune_words(tmp_path / "run", tiny)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "verb=finetune" in lines and "nproc=2" in lines and "doctor=no" in lines
+    subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
+    for more, message in (
+        (["--init", str(tmp_path / "nothing")], "--init .*nothing: no such file"),
+        (["--data.train", str(tmp_path)], "LMDB"),
+        (["--data.charset", "nothing.txt"], "charset"),
+        (["--train.global_batch_size", "7"], "not a multiple of 2 ranks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            submit(*finetune_words(tmp_path / "run", tiny, *more))
+
+
 def test_a_run_folder_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/identity.json").write_text(json.dumps({"seed": 5, "train.global_batch_size": 64}))
@@ -100,9 +126,10 @@ def test_a_run_folder_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> N
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    check_space(Config(run_dir=tmp_path, checkpoint=Checkpoint(keep=1)))
+    config = Config(run_dir=tmp_path, checkpoint=Checkpoint(keep=1))
+    check_space(config, parameters_of(config))
     with pytest.raises(UserError, match="checkpoints take"):
-        check_space(Config(run_dir=tmp_path, model=Model(prototypes=10**9), checkpoint=Checkpoint(keep=100)))
+        check_space(replace(config, checkpoint=Checkpoint(keep=100)), 10**9)
 
 
 def test_a_source_that_is_no_lmdb_is_refused(tmp_path: Path) -> None:
@@ -130,5 +157,7 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     ):
         assert part in text
     assert f"{round(left / 60) // 60} h" in text
+    (tmp_path / "config.yaml").write_text(describe_settings(read_recipe(FineTuning, "recognizer_nano")))
+    assert "step          40" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         describe(tmp_path / "nothing")
