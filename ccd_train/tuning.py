@@ -39,7 +39,7 @@ class Learned(Progress):
     """The best accuracy of a validation so far."""
     best_step: int = 0
     stale: int = 0
-    """Validations since then."""
+    """Validations since it became better."""
 
 
 class Tuning(Training):
@@ -82,10 +82,10 @@ class Tuning(Training):
     def judge(self, accuracy: float) -> None:
         """Takes note of a validation of `copy`, and keeps the best as RUN/export (all ranks together)."""
         progress = self.progress
-        if accuracy <= progress.best:
-            progress.stale += 1
+        progress.stale = 0 if accuracy > progress.best else progress.stale + 1
+        if accuracy < progress.best:
             return
-        progress.best, progress.best_step, progress.stale = accuracy, progress.step, 0
+        progress.best, progress.best_step = accuracy, progress.step  # of equals the last: it has seen more
         state = self.copy.state_dict()
         with distributed.together():
             # a life before this one, on other ranks, may have been better by a rounding at a step that was lost

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -298,3 +299,21 @@ def test_the_recipe_is_the_official_one() -> None:
     assert config.train.global_batch_size == 288 and config.recognizer.length == 25
     assert (config.model.width, config.model.depth, config.model.heads) == (384, 12, 6)
     assert SMALL["model"]["width"] == RECIPE["model"]["width"]  # a pretraining's backbone fits into these tests' runs
+
+
+@pytest.mark.slow
+def test_the_measurement_of_what_pretraining_is_for_runs(tmp_path: Path) -> None:
+    """All of it on a handful of words, and again: what is done is not done twice."""
+    script = CHECKOUT / "tests" / "benchmarks" / "pretraining_pays.py"
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, str(script), "--out", str(tmp_path), "--smoke", "--threads", "1"],
+            capture_output=True, text=True, cwd=CHECKOUT, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "pretraining_pays.json").read_text())["rows"]
+    sets = {row["set"] for row in rows}
+    assert "rendered" in sets and len(rows) == 6 * len(sets)
+    assert (tmp_path / "pretraining_pays.md").read_text().count("100% = 400") == len(sets)
+    assert cv2.imread(str(tmp_path / "pretraining_pays.png")).shape[1] > 1000
+    assert "data.train" not in result.stderr  # of the second life
