@@ -292,6 +292,8 @@ def _on_rank_0(work: Callable[[], None]) -> str | None:
 
 
 def _of_checkpoint(path: Path) -> Weights:
+    if not (path / TEACHER).is_file():
+        raise UserError(f"{path}: no teacher, so no pretraining; what a fine-tuning has learnt is in its folder export")
     state = read_state(path)
     model = from_dict(Config, state["settings"], str(path / "state.json")).model
     networks = read_weights(path)

@@ -25,7 +25,6 @@ from ccd_train.files import replace_file
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.options import from_dict, to_dict
 from ccd_train.weights import (
-    CONFIG,
     EMBEDDING,
     OFFICIAL_HEAD_WIDTH,
     State,
@@ -176,7 +175,7 @@ def read_official(
     net = checkpoint.get("net")
     if not isinstance(net, dict) or not all(torch.is_tensor(item) for item in net.values()):
         held = ", ".join(map(str, checkpoint)) or "nothing"
-        raise UserError(f"{path}: no 'net' of tensors in it (it holds {held}); not an official recogniser")
+        raise UserError(f"{path}: no 'net' of tensors in it (it holds {held}), so no official recogniser; {_FINE_TUNE}")
     official = {name.removeprefix("module."): tensor for name, tensor in net.items()}
     model, sizes, classes = _official_sizes(official, heads, decoder_heads, length, path)
     if charset is None:
@@ -190,7 +189,7 @@ def read_official(
     return Trained(model, sizes, charset, _from_official(official, model, sizes, charset, path), {}, str(path))
 
 
-_FINE_TUNE = "make one of a pretraining with ccd-train finetune --init EXPORT_OR_RUN"
+_FINE_TUNE = "of a pretraining make one with ccd-train finetune --init EXPORT_OR_RUN"
 
 
 def _find(path: Path) -> Path:
@@ -202,8 +201,9 @@ def _find(path: Path) -> Path:
     found = next((path / place for place in PLACES if (path / place).is_file()), None)
     if found is not None:
         return found
-    pretrained = (path / CONFIG).is_file() or (path / "export" / CONFIG).is_file()
-    raise UserError(f"{path}: no recogniser here ({FILE}){', only a pretraining' * pretrained}; {_FINE_TUNE}")
+    raise UserError(
+        f"{path}: no recogniser here ({FILE}): a fine-tuning has one from its first validation on; {_FINE_TUNE}"
+    )
 
 
 def _named(charset: Charset) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,14 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.open_weights(tmp_path)
+
+
+def test_a_fine_tuning_before_its_first_validation_is_no_pretraining(run_dir: Path, tmp_path: Path) -> None:
+    found = tmp_path / "checkpoints" / "step_00000003"
+    shutil.copytree(run_dir / "checkpoints" / "step_00000003", found)
+    (found / checkpoint.TEACHER).unlink()
+    files = json.loads((found / checkpoint.COMPLETE).read_text())
+    del files[checkpoint.TEACHER]
+    (found / checkpoint.COMPLETE).write_text(json.dumps(files))
+    with pytest.raises(UserError, match="no teacher, so no pretraining"):
+        export.main(["--weights", str(tmp_path)])

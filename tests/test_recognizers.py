@@ -129,7 +129,7 @@ def test_checkpoints_that_are_no_recognizer_are_refused(tmp_path: Path, content:
 
 def test_a_pretraining_is_not_a_recognizer(tmp_path: Path) -> None:
     weights.write_export(tmp_path, weights.read_official(GOLDEN / "official_layout.pth", META["num_heads"]), {})
-    with pytest.raises(UserError, match=r"only a pretraining; make one .* ccd-train finetune"):
+    with pytest.raises(UserError, match=r"no recogniser here .*; of a pretraining make one with ccd-train finetune"):
         recognizers.read(tmp_path)
     with pytest.raises(UserError, match=r"no recogniser .its format is 'pt'.; .* ccd-train finetune"):
         recognizers.read(tmp_path / "teacher.safetensors")
