@@ -1,0 +1,158 @@
+"""The README and docs/ say what is: commands are typed, links followed, options and messages looked up."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import CHECKOUT, OPTION, anchors, called, commands, links, messages, options, pages
+from tried import NOT_HERE, Try, helps, type_pages
+
+from ccd_train.data.shards import read_manifest
+from launch.submit import build_parser
+
+PAGES = pages()
+LONGEST = 60.0  # seconds that a command may take on a miniature, on a machine with other work
+# Options that pages name and that are not ours: whose they are.
+FOREIGN = {
+    "standalone": "torchrun", "run-path": "torchrun", "master-port": "torchrun",
+    "exclude": "sbatch", "reservation": "sbatch", "array": "sbatch", "wrap": "sbatch", "requeue": "sbatch",
+    "no-requeue": "sbatch", "signal": "sbatch", "dependency": "sbatch", "test-only": "sbatch",
+    "nv": "apptainer", "bind": "apptainer", "shm-size": "docker", "logdir": "tensorboard",
+}  # fmt: skip
+
+
+def in_process(function: Any, *arguments: Any) -> Any:
+    """What a function, importable by name, returns in a fresh process: it changes folders, threads and signals."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Try]], Path]:
+    """What came of every command of every page, and the folder with a tree for each page."""
+    folder = tmp_path_factory.mktemp("typed")
+    return in_process(type_pages, PAGES, folder), folder
+
+
+@cache
+def verbs() -> dict[str, list[str]]:
+    names = {
+        program: list(importlib.import_module(f"{package}.__main__").VERBS)
+        for program, package in (("ccd-train", "ccd_train"), ("ccd-data", "data_tools"))
+    }
+    (subparsers,) = (action for action in build_parser()._actions if action.dest == "verb" or action.choices)
+    return names | {"ccd-submit": list(subparsers.choices or ())}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=called)
+def test_every_command_works(page: Path, typed: tuple[dict[str, list[Try]], Path]) -> None:
+    tries = typed[0][called(page)]
+    problems = [f"{one.place}: {one.text}\n{one.problem}" for one in tries if one.problem]
+    assert not problems, "\n\n".join(problems)
+    slow = [f"{one.place}: {one.text}: {one.seconds:.0f} s" for one in tries if one.seconds > LONGEST]
+    assert not slow, "\n".join(slow)
+
+
+def test_the_commands_did_what_the_pages_say(typed: tuple[dict[str, list[Try]], Path]) -> None:
+    results, folder = typed
+    assert sum(map(len, results.values())) > 60
+    data = folder / "data"
+    assert read_manifest(data / "shards/mj").samples == 18 and read_manifest(data / "shards/openimages").samples == 30
+    assert len((data / "overlap/exclude.jsonl").read_text().splitlines()) >= 1
+    assert (folder / "start/runs/first/checkpoints/latest").read_text() == "step_00000002\n"
+    assert (folder / "resuming/runs/nano/checkpoints/latest").read_text() == "step_00000012\n"
+    assert (folder / "resuming/runs/first/export/teacher.safetensors").is_file()
+
+
+def test_what_cannot_be_tried_is_on_the_list_for_a_reason() -> None:
+    names = {command.name for page in PAGES for command in commands(page)}
+    assert NOT_HERE.keys() <= names, "no page names these any more; take them off NOT_HERE"
+    scripts = {words[1] for page in PAGES for command in commands(page) if (words := command.words)[0] == "bash"}
+    tests = {word for page in PAGES for c in commands(page) for word in c.words if word.startswith("tests/")}
+    assert scripts and tests
+    assert not {path for path in scripts | tests if not (CHECKOUT / path).is_file()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=called)
+def test_links_and_pictures_resolve(page: Path) -> None:
+    broken = []
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        if not other.exists() or (anchor and anchor not in anchors(other)):
+            broken.append(target)
+    assert not broken, f"{called(page)}: {', '.join(broken)}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    named = {(CHECKOUT / target.partition("#")[0]).resolve() for target in links(PAGES[0])}
+    unreachable = [called(page) for page in PAGES[1:] if page not in named]
+    assert not unreachable, f"no link in README.md to {', '.join(unreachable)}"
+
+
+def test_the_readme_is_a_door() -> None:
+    assert len(PAGES[0].read_text().splitlines()) <= 120, "two screens; the rest belongs into docs/"
+
+
+def test_every_verb_is_in_some_page() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    missing = [f"{program} {name}" for program, names in verbs().items() for name in names]
+    missing = [name for name in missing if not re.search(rf"\b{name}\b", text)]
+    assert not missing, f"no page says {', '.join(missing)}"
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    known = {
+        name.rstrip(".").replace("_", "-")
+        for text in in_process(helps, verbs()).values()
+        for name in OPTION.findall(text)
+    }
+    for path in [*CHECKOUT.glob("launch/*.s*"), *CHECKOUT.glob("tests/benchmarks/*.py")]:
+        known |= {name.replace("_", "-") for name in OPTION.findall(path.read_text())}
+    known |= FOREIGN.keys() | {"help", "config", "print-config", "nodes"}  # taken out of the command line by hand
+    sections = {name.rpartition(".")[0] for name in known}
+    unknown = {f"{called(page)}: --{name}" for page in PAGES for name in options(page) - known - sections}
+    assert not unknown, "\n".join(sorted(unknown))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if messages(page)], ids=called)
+def test_quoted_messages_are_what_the_programs_say(page: Path) -> None:
+    known = said()
+    unsaid = [piece for piece in messages(page) if piece not in known]
+    assert not unsaid, f"{called(page)} quotes what nothing says: {unsaid}"
+
+
+@cache
+def said() -> str:
+    """All string literals of the packages, those of f-strings with … for what is filled in, and the scripts."""
+    parts = [path.read_text() for path in CHECKOUT.glob("launch/*.s*")]
+    for package in ("ccd_train", "data_tools", "launch"):
+        for path in (CHECKOUT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))  # type: ignore[misc]
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    parts.append(node.value)
+    return "\n".join(parts)
+
+
+def test_the_tree_of_the_architecture_is_the_tree() -> None:
+    text = (CHECKOUT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"\b[a-z_]+\.(?:py|sh|sbatch)\b", text))
+    there = {
+        path.name
+        for folder in ("ccd_train", "data_tools", "launch", "tests")
+        for path in (CHECKOUT / folder).rglob("*.*")
+    }
+    assert not named - there, f"named, but not there: {sorted(named - there)}"
+    modules = {path.name for path in CHECKOUT.glob("ccd_train/*.py") if not path.name.startswith("__")}
+    assert not modules - named, f"docs/architecture.md has no place for {sorted(modules - named)}"
