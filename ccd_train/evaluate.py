@@ -27,7 +27,7 @@ from ccd_train.mistakes import Mistake
 from ccd_train.options import parse
 from ccd_train.reading import Reader, Reading, Source
 from ccd_train.recognizers import Trained
-from ccd_train.scoring import MEANING, same, similarity
+from ccd_train.scoring import MEANING, RULES, same, similarity
 
 Rule = Literal["lower_alnum", "case", "all"]
 
@@ -76,6 +76,8 @@ class Result:
     """Records without a label, which do not count."""
     empty: int
     """Labels of which the rule leaves nothing."""
+    beyond: int
+    """Labels of which the rule leaves what this recogniser cannot write: other characters, or too many."""
     hash: str
 
     @property
@@ -99,7 +101,7 @@ class Average:
 def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: int) -> tuple[Result, list[Mistake]]:
     """Reads a set; its result and its worst errors, the worst first. Raises UserError if it has no labels."""
     words = Words(chosen.path)
-    count = correct = unreadable = empty = 0
+    count = correct = unreadable = empty = beyond = 0
     total = 0.0
     worst: list[Mistake] = []
     remaining = tqdm(words, desc=chosen.name, unit=" words", leave=False, disable=None)
@@ -111,13 +113,14 @@ def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: in
             close = similarity(text, word.label, rule) if readable else 0.0
             count, correct, total = count + 1, correct + right, total + close
             unreadable += not readable
-            empty += same("", word.label, rule)
+            empty += not RULES[rule](word.label)
+            beyond += not reader.can_write(RULES[rule](word.label))
             if not right:
                 mistake = Mistake(1 - close, confidence, -word.number, word.label, text, not readable)
                 (heapq.heappush if len(worst) < errors else heapq.heappushpop)(worst, mistake)
     if not count:
         raise UserError(f"{chosen.path}: no labelled words in it; leave it out by --sets")
-    result = Result(chosen.name, count, correct, total / count, unreadable, words.unlabelled, empty, words.hash)
+    result = Result(chosen.name, count, correct, total / count, unreadable, words.unlabelled, empty, beyond, words.hash)
     return result, sorted(worst, reverse=True)
 
 
@@ -164,6 +167,10 @@ def warnings(results: Sequence[Result], rule: str) -> list[str]:
             found.append(f"{result.name}: {result.unreadable} images cannot be read; they count as wrong")
         if result.empty:
             found.append(f"{result.name}: {result.empty} labels of which rule {rule} leaves nothing")
+        if result.beyond:
+            found.append(
+                f"{result.name}: {result.beyond} labels hold what this recogniser cannot write; they are wrong"
+            )
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ccd_train.augment import normalize
+from ccd_train.augment import MEAN, STD
 from ccd_train.data.masks import HEIGHT, WIDTH
 from ccd_train.decoding import decode
 from ccd_train.errors import UserError
@@ -34,15 +34,20 @@ EXAMPLES = 2  # images to trace with; of a batch of 1 exporters make a constant
 
 
 class Whole(nn.Module):
-    """From pixels to tokens."""
+    """From pixels to tokens. Its constants are buffers, which go with it to another device."""
+
+    scale: Tensor
+    offset: Tensor
 
     def __init__(self, recognizer: Recognizer) -> None:
         super().__init__()
         self.recognizer = recognizer
+        std = torch.tensor(STD)[:, None, None]
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("offset", torch.tensor(MEAN)[:, None, None] / std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = images.permute(0, 3, 1, 2).float()
-        normalize(pixels)
+        pixels = images.permute(0, 3, 1, 2).float() * self.scale - self.offset
         words = decode(self.recognizer.decoder, self.recognizer.encode(pixels), stop_early=False)
         return words.tokens, words.confidences
 

@@ -61,7 +61,7 @@ class Reader:
 
     def __init__(self, trained: Trained) -> None:
         cv2.setNumThreads(1)
-        self._charset = trained.charset
+        self._charset, self._length = trained.charset, trained.sizes.length
         self._device = distributed.device()
         self._network = trained.network().to(self._device)
 
@@ -70,6 +70,10 @@ class Reader:
         crops = [_crop(data) for data in images]
         readings = iter(self._read([crop for crop in crops if isinstance(crop, np.ndarray)]))
         return [next(readings) if isinstance(crop, np.ndarray) else crop for crop in crops]
+
+    def can_write(self, text: str) -> bool:
+        """Whether this could be read at all: it is not too long, and the charset holds its characters."""
+        return len(text) <= self._length and set(text) <= set(self._charset.characters)
 
     def _read(self, crops: Sequence[np.ndarray]) -> list[Reading]:
         """Crops uint8 [32, 128, 3]."""

@@ -166,11 +166,11 @@ def test_sizes_are_compared_with_the_published_ones() -> None:
 
 def test_averages_over_the_usual_groups() -> None:
     results = [
-        Result(name, size[0], size[0] // 2, 0.5, 0, 0, 0, "")
+        Result(name, size[0], size[0] // 2, 0.5, 0, 0, 0, 0, "")
         for name, size in PUBLISHED.items()
         if name in GROUPS["eleven"]
     ]
-    results[0] = Result("IIIT5k_3000", 3000, 3000, 1.0, 0, 0, 0, "")
+    results[0] = Result("IIIT5k_3000", 3000, 3000, 1.0, 0, 0, 0, 0, "")
     by_name = {average.name: average for average in evaluate.averages(results)}
     assert list(by_name) == ["regular", "irregular", "six", "occluded", "eleven", "all"]
     eleven = by_name["eleven"]
@@ -189,7 +189,7 @@ def test_the_weighted_average_is_the_published_one() -> None:
     }
     for published, row in rows.items():
         results = [
-            Result(name, PUBLISHED[name][0], round(PUBLISHED[name][0] * accuracy / 100), 0.0, 0, 0, 0, "")
+            Result(name, PUBLISHED[name][0], round(PUBLISHED[name][0] * accuracy / 100), 0.0, 0, 0, 0, 0, "")
             for name, accuracy in zip((*order, "WOST"), row, strict=True)
         ]
         (eleven,) = [average for average in evaluate.averages(results) if average.name == "eleven"]
@@ -229,6 +229,19 @@ def test_labels_of_which_nothing_is_left_are_said(
     assert evaluate.main(words) == 0
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf8")
     assert "odd: 1 labels of which rule lower_alnum leaves nothing" in table
+
+
+def test_labels_beyond_charset_and_length_are_said(
+    images: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words.write(tmp_path / "small", words.small("36"))
+    with LmdbWriter(tmp_path / "set") as writer:
+        for label in ("ab", "Ab", "a-b", "abcde", "é"):
+            writer.add(images[0], label)
+    options = ["--weights", str(tmp_path / "small"), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    for rule, beyond in {"lower_alnum": 1, "case": 2, "all": 4}.items():
+        assert evaluate.main([*options, "--rule", rule]) == 0
+        assert f"set: {beyond} labels hold what this recogniser cannot write" in capsys.readouterr().out
 
 
 def test_a_set_without_labels_is_refused(export: Path, images: list[bytes], tmp_path: Path) -> None:

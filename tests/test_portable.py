@@ -87,6 +87,15 @@ def test_torchscript_reads_without_this_package(folder: Path, crops: np.ndarray,
     assert description == portable.describe(recognizers.read(folder))
 
 
+def test_torchscript_holds_nothing_that_stays_on_one_device(folder: Path, tmp_path: Path) -> None:
+    portable.write_torchscript(tmp_path / "x.pt", recognizers.read(folder))
+    graph = torch.jit.load(tmp_path / "x.pt").inlined_graph
+    constants = [node.output() for node in graph.findAllNodes("prim::Constant")]
+    tensors = [value.toIValue() for value in constants if isinstance(value.type(), torch._C.TensorType)]
+    assert not [tensor.shape for tensor in tensors if tensor.dim()]
+    assert not [value for value in constants if isinstance(value.type(), torch._C.DeviceObjType)]
+
+
 @needs_onnx
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_onnxruntime_reads_batches_of_any_size(onnx_file: Path, crops: np.ndarray, live: Words, batch: int) -> None:
