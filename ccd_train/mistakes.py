@@ -52,7 +52,7 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[Set, Counts, Sequenc
     parts = [f"<h1>{escape(title)}</h1>"]
     for one, counts, worst in sets:
         wrong = counts.words - counts.correct
-        shown = f"the worst {len(worst)} of {wrong:,}" if len(worst) < wrong else f"all {wrong:,}"
+        shown = f"The worst {len(worst)} of {wrong:,}" if len(worst) < wrong else f"All {wrong:,}"
         parts.append(f"<h2>{escape(one.name)}</h2>\n<p>{shown} wrong words of {counts.words:,}, the worst first.</p>")
         with LmdbReader(one.path) as reader:
             items = [_item(mistake, reader.image(-mistake.place) or b"") for mistake in worst]

@@ -111,7 +111,7 @@ def test_the_page_shows_the_worst_errors_first_and_runs_nothing(run: Evaluate, t
 def test_the_page_holds_as_many_errors_as_asked_for(run: Evaluate, tmp_path: Path) -> None:
     run("--errors", "1", "--rule", "all")
     page = (tmp_path / "out" / "errors.html").read_text(encoding="utf8")
-    assert "the worst 1 of 4 wrong words of 5" in page
+    assert "The worst 1 of 4 wrong words of 5" in page
     assert page.count("<li>") == 1
     run("--errors", "0")
     assert "<li>" not in (tmp_path / "out" / "errors.html").read_text(encoding="utf8")
