@@ -42,7 +42,7 @@ setup(
     extras_require={
         "onnx": ["onnx>=1.16", "onnxscript>=0.1", "onnxruntime>=1.18"],  # ccd-train export --format onnx
         "test": [
-            *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"),
+            *("pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "coverage>=7.10"),
             *("onnx>=1.16", "onnxscript>=0.1", "onnxruntime>=1.18"),
         ],
     },
