@@ -102,6 +102,8 @@ class Model:
     """Keep the gain of the weight-normalised last layer at 1 (official: base only)."""
     initial_std: float = 0.02
     """Standard deviation of the initial weights of linear layers (official: 0.02 at every width)."""
+    contrast_std: float | None = None
+    """Initial patch filters of this deviation without a mean: contrasts instead of levels; None: torch's own."""
 
     def check(self) -> None:
         for name in ("width", "depth", "heads", "head_hidden", "head_bottleneck", "prototypes"):
@@ -110,6 +112,8 @@ class Model:
         require(self.width % self.heads == 0, "model.heads", self.heads, f"must divide model.width = {self.width}")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "must lie in [0, 1)")
         require(self.initial_std > 0, "model.initial_std", self.initial_std, "must be positive")
+        contrast = self.contrast_std
+        require(contrast is None or contrast > 0, "model.contrast_std", contrast, "must be positive, or None")
         ordered = 1 <= self.taps[0] < self.taps[1] < self.taps[2] <= self.depth
         require(ordered, "model.taps", self.taps, f"must rise and lie in 1..model.depth = {self.depth}")
 
@@ -152,6 +156,8 @@ class Distillation:
     """EMA of the centre per step, at a global batch of 256."""
     scale_center_momentum: bool = True
     """Raise the centre's momentum to the power batch / 256, so that it forgets per sample, not per step."""
+    sinkhorn_rounds: int = 0
+    """Rounds of Sinkhorn-Knopp that set the centre so that a batch shares out all prototypes; 0: a running mean."""
     teacher_momentum: float = 0.9995
     """First EMA momentum of the teacher, at a global batch of 256; a cosine takes it to 1."""
     scale_teacher_momentum: bool = True
@@ -168,7 +174,7 @@ class Distillation:
             require(getattr(self, name) > 0, f"distillation.{name}", getattr(self, name), "must be positive")
         for name in ("center_momentum", "teacher_momentum"):
             require(0 <= getattr(self, name) <= 1, f"distillation.{name}", getattr(self, name), "must lie in [0, 1]")
-        for name in ("segmentation_weight", "student_regions_after"):
+        for name in ("segmentation_weight", "student_regions_after", "sinkhorn_rounds"):
             require(getattr(self, name) >= 0, f"distillation.{name}", getattr(self, name), "must not be negative")
         require(self.min_region_pixels >= 1, "distillation.min_region_pixels", self.min_region_pixels, "must be ≥ 1")
 

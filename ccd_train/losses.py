@@ -109,6 +109,23 @@ class Center:
         mean = sums[:-1] / rows.clamp(min=1)
         self.value.lerp_(mean[None], (1 - momentum) * (rows > 0))
 
+    @torch.no_grad()
+    def balance(self, teacher: Tensor, temperature: float, rounds: int) -> None:
+        """Instead of `update`: the centre with which the targets of all ranks' rows [2M, P] share out all prototypes.
+
+        Sinkhorn-Knopp (Cuturi 2013; Caron et al. 2020) divides exp(logit / temperature) by its column sums and by its
+        row sums in turn. The row sums are the softmax of the targets, and dividing a column is a shift of its centre.
+        """
+        self.value.zero_()
+        for _ in range(rounds):
+            sums = teacher.new_zeros(teacher.shape[1] + 1)
+            for rows in _chunks(teacher):
+                sums[:-1] += _targets(teacher[rows], self.value, temperature).sum(dim=0)
+            sums[-1] = len(teacher)
+            sums = distributed.all_reduce_sum(sums)
+            share = sums[:-1] * teacher.shape[1] / sums[-1].clamp(min=1)  # 1 where a prototype has its part
+            self.value += temperature * share.clamp(min=torch.finfo(share.dtype).tiny).log() * (sums[-1] > 0)
+
 
 @torch.no_grad()
 def teacher_statistics(teacher: Tensor, center: Tensor, temperature: float) -> dict[str, Tensor]:

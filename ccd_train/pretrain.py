@@ -80,6 +80,8 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
         regions_from_student=now.regions_from_student, min_region_pixels=config.min_region_pixels,
     )  # fmt: skip
     targets = run.teacher.ready()(regular, irregular, student.regions)
+    if config.sinkhorn_rounds:
+        run.center.balance(targets, config.teacher_temperature, config.sinkhorn_rounds)
     characters = torch.full((), float(student.regions.characters()), device=device)  # a fill: the device is not awaited
     distillation = distillation_loss(
         student.projections, targets, run.center.value,
@@ -121,7 +123,8 @@ def train_step(run: Run, logged: bool) -> Step:
                 losses.targets, center.value, config.distillation.teacher_temperature, losses.distillation.detach(),
                 losses.features, losses.has_regions,
             )  # fmt: skip
-        center.update(losses.targets, now.center_momentum)
+        if not config.distillation.sinkhorn_rounds:
+            center.update(losses.targets, now.center_momentum)
         sums[:3] += torch.stack([losses.distillation.detach(), losses.segmentation.detach(), losses.characters])
     run.watch.at(step, "update")
     norms = engine.gradient_norms()

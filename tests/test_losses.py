@@ -112,6 +112,36 @@ def test_the_center_moves_towards_the_mean_and_stays_without_characters() -> Non
     assert torch.equal(center.value, before)
 
 
+def test_a_balanced_center_shares_out_all_prototypes() -> None:
+    """Also of rows that are nearly the same: what they have in common decides nothing, what tells them apart does."""
+    prototypes, temperature = 32, 0.03
+    rows = logits(1, prototypes, 0) + 0.05 * logits(256, prototypes, 1)
+    center = Center(prototypes)
+    assert teacher_statistics(rows, center.value, temperature)["prototypes_used"] < 2
+    center.balance(rows, temperature, 20)
+    figures = teacher_statistics(rows, center.value, temperature)
+    assert figures["prototypes_used"].item() == pytest.approx(prototypes, rel=1e-3)
+    assert figures["teacher_entropy"].item() < 0.8 * math.log(prototypes)
+
+
+def test_a_balanced_center_is_that_of_sinkhorn_and_knopp() -> None:
+    rows, temperature = logits(40, 8, 2), 0.5
+    shares = (rows / temperature).double().exp()
+    for _ in range(200):
+        shares = shares / shares.sum(dim=0)
+        shares = shares / shares.sum(dim=1, keepdim=True)
+    center = Center(8)
+    center.balance(rows, temperature, 200)
+    targets = ((rows - center.value) / temperature).softmax(dim=1)
+    torch.testing.assert_close(targets, shares.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_balanced_center_without_characters_is_finite() -> None:
+    center = Center(5)
+    center.balance(torch.zeros(0, 5), 0.04, 3)
+    assert torch.equal(center.value, torch.zeros(1, 5))
+
+
 def test_figures_of_uniform_and_of_collapsed_teachers() -> None:
     prototypes, center = 64, torch.zeros(1, 64)
     uniform = teacher_statistics(torch.zeros(10, prototypes), center, 0.04)

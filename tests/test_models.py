@@ -67,6 +67,16 @@ def test_initial_weights_are_those_of_the_recipe() -> None:
     assert (head.prototypes.gain == 1).all()
 
 
+def test_patch_filters_for_contrasts_see_no_levels() -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(48, 3, 3, contrast_std=0.16)
+    assert float(vit.patch_embedding.weight.detach().std()) == pytest.approx(0.16, rel=0.01)
+    levels = torch.rand(4, 3, 1, 1).expand(-1, -1, 32, 128)
+    seen = vit.patch_embedding(levels) - vit.patch_embedding.bias.view(1, -1, 1, 1)
+    assert float(seen.detach().abs().max()) < 1e-5
+    assert float(vit.patch_embedding(torch.rand(4, 3, 32, 128)).detach().std()) > 0.2
+
+
 def test_the_small_student_has_46_million_parameters() -> None:
     with torch.device("meta"):
         student, teacher = Student(Model()), Teacher(Model())

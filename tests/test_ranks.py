@@ -81,12 +81,14 @@ def step(inputs: Inputs, images: slice) -> Result:
     (distillation + segmentation).backward()
     statistics = teacher_statistics(targets, center.value, 0.04)
     center.update(targets, 0.9)
+    balanced = Center(MODEL.prototypes)
+    balanced.balance(targets, 0.04, 3)
     without = [name for name, parameter in student.named_parameters() if parameter.grad is None]
     assert not without, f"no gradient: {without}"
     gradients = {f"gradient {name}": parameter.grad for name, parameter in student.named_parameters()}
     buffers = {f"buffer {name}": buffer for name, buffer in student.named_buffers()}
     losses = {"distillation": distillation.detach(), "segmentation": segmentation.detach(), "pairs": pairs}
-    return {**gradients, **buffers, **losses, **statistics, "center": center.value}
+    return {**gradients, **buffers, **losses, **statistics, "center": center.value, "balanced": balanced.value}
 
 
 def steps() -> dict[str, Result]:
@@ -135,7 +137,7 @@ def test_center_statistics_and_running_means_are_equal_on_all_ranks(
 ) -> None:
     shared = [name for name in alone[scenario] if name.startswith("buffer ")]
     assert shared
-    for name in [*shared, "center", "teacher_entropy", "prototypes_used"]:
+    for name in [*shared, "center", "balanced", "teacher_entropy", "prototypes_used"]:
         first, second = (result[name] for result in ranks[scenario])
         assert torch.equal(first, second), name
         torch.testing.assert_close(first, alone[scenario][name], rtol=1e-5, atol=1e-6, msg=name)

@@ -132,6 +132,7 @@ def _vit(model: Model, drop_path: float, activation_checkpointing: bool = False)
         drop_path=drop_path,
         activation_checkpointing=activation_checkpointing,
         initial_std=model.initial_std,
+        contrast_std=model.contrast_std,
     )
 
 

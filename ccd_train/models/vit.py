@@ -83,6 +83,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
         initial_std: float = INITIAL_STD,
+        contrast_std: float | None = None,
     ) -> None:
         super().__init__()
         self.taps = tuple(taps)
@@ -95,6 +96,8 @@ class VisionTransformer(nn.Module):
         self.tap_norms = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in self.taps)
         nn.init.trunc_normal_(self.position_embedding, std=INITIAL_STD)
         initialize_linear_layers(self, initial_std)
+        if contrast_std is not None:
+            initialize_contrasts(self.patch_embedding.weight, contrast_std)
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Images [B, 3, 32, 128] → tokens [B, h·w, D] after the final norm, and the taps, each [B, D, h, w].
@@ -122,3 +125,14 @@ def initialize_linear_layers(module: nn.Module, std: float) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def initialize_contrasts(filters: Tensor, std: float) -> None:
+    """Random filters [D, 3, 4, 4] of mean 0 over each channel of a patch: an evenly coloured patch gives nothing.
+
+    What an untrained network says of a character is otherwise its colour, and that is all its targets then teach.
+    """
+    nn.init.normal_(filters)
+    filters -= filters.mean(dim=(2, 3), keepdim=True)
+    filters *= std / filters.std()
