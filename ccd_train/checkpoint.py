@@ -219,10 +219,12 @@ def thin(run_dir: Path, keep: int, keep_every: int) -> None:
 
 
 def step_name(step: int) -> str:
+    """The name of a step's folder: step_00010000."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
+    """The step of a folder that `step_name` named."""
     return int(path.name.removeprefix("step_"))
 
 

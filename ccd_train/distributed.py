@@ -32,14 +32,17 @@ def rank() -> int:
 
 
 def world_size() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
+    """This process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
+    """How many processes train on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -150,11 +153,13 @@ def joined() -> bool:
 
 
 def finalize() -> None:
+    """Leaves the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Waits for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 

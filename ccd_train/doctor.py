@@ -49,6 +49,7 @@ class Finding:
 
 
 def versions() -> list[Finding]:
+    """Of Python and of the packages that matter."""
     packages = ("torch", "deepspeed", "numpy", "opencv-python", "webdataset", "lmdb", "safetensors")
     text = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     return [
@@ -74,6 +75,7 @@ def accelerators() -> list[Finding]:
 
 
 def limits() -> list[Finding]:
+    """Shared memory and open files."""
     free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     needed = SHARED_MEMORY_PER_RANK * distributed.local_world_size()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -174,6 +176,7 @@ def one_step(config: Config) -> list[Finding]:
 
 
 def table(host: str, findings: list[Finding]) -> str:
+    """Check, result and remedy, below the host's name."""
     marks = {(False, False): "ok", (True, False): "look", (True, True): "FAIL", (False, True): "FAIL"}
     lines = [host]
     for finding in findings:

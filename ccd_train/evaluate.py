@@ -161,6 +161,7 @@ def table(trained: Trained, rule: str, results: Sequence[Result]) -> str:
 
 
 def warnings(results: Sequence[Result], rule: str) -> list[str]:
+    """What stands in the way of comparing the figures: sizes, unreadable images, labels that the rule empties."""
     found = [warning for result in results if (warning := other_size(result.name, result.words))]
     for result in results:
         if result.unreadable:

@@ -51,6 +51,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replaces the file by the value as JSON, whole or not at all."""
     replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

@@ -223,4 +223,5 @@ def grid(titles: list[str] | tuple[str, ...], names: list[list[str]], rows: list
 
 
 def write(sheet: Picture, text: str, place: tuple[int, int], size: float) -> None:
+    """Writes dark text into the sheet; place (x, y) is the lower left corner of its first letter."""
     cv2.putText(sheet, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, (60, 60, 60), 1, cv2.LINE_AA)

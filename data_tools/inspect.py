@@ -210,14 +210,17 @@ def summary(manifest: Manifest, looks: Sequence[Look], unreadable: int) -> Table
 
 
 def sources(manifest: Manifest) -> Table:
+    """The LMDBs or tars that the shards were made from."""
     return Table("Sources", ("source", "records"), [(entry.name, f"{entry.records:,}") for entry in manifest.sources])
 
 
 def refused(manifest: Manifest) -> Table:
+    """Records that did not come along, by reason."""
     return Table("Refused records", ("kind", "records"), [(kind, f"{n:,}") for kind, n in manifest.refused.items()])
 
 
 def shown(looks: Sequence[Look]) -> Table:
+    """The samples of the contact sheet, by their numbers on it."""
     rows = [
         (
             str(number),

@@ -58,6 +58,7 @@ def parameters_of(config: Config | FineTuning) -> int:
 
 
 def check_batch(config: Config | FineTuning, ranks: int) -> None:
+    """Refuses a global batch that so many ranks cannot share evenly."""
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if batch is not None and batch % (micro * ranks):
         raise UserError(

@@ -23,6 +23,7 @@ from launch.status import describe
 
 
 def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
+    """ccd-submit pretrain and finetune: one job, or a chain of them."""
     job = training(arguments, settings)
     if arguments.dry_run:
         print(job.text, end="")
@@ -42,6 +43,7 @@ def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
 
 
 def submit_sharding(arguments: argparse.Namespace, settings: list[str]) -> int:
+    """ccd-submit shard: an array of slices, then a job that merges and verifies."""
     job = sharding(arguments, settings)
     slices = f"--array=0-{arguments.slices - 1}%{arguments.at_once}"
     if arguments.dry_run:
@@ -61,11 +63,13 @@ def submit_sharding(arguments: argparse.Namespace, settings: list[str]) -> int:
 
 
 def print_status(arguments: argparse.Namespace, settings: list[str]) -> int:
+    """ccd-submit status."""
     print(describe(arguments.run_dir))
     return FINISHED
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Of all verbs."""
     parser = argparse.ArgumentParser(
         prog="ccd-submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -91,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_training_options(parser: argparse.ArgumentParser, trains: str, time: str) -> None:
+    """What pretraining and fine-tuning have in common; `time` is the default limit."""
     parser.set_defaults(verb=submit_training, trains=trains)
     parser.add_argument("--run_dir", "--run-dir", type=Path, required=True, help="on a disk that all nodes see")
     parser.add_argument("--nodes", type=positive, default=1)
@@ -106,6 +111,7 @@ def add_training_options(parser: argparse.ArgumentParser, trains: str, time: str
 
 
 def add_sbatch_options(parser: argparse.ArgumentParser, time: str) -> None:
+    """What every job has, most of it as sbatch names it."""
     parser.add_argument("--time", default=time, help=f"limit of one life of the job ({time})")
     for name in (*PASSED_ON, "job-name"):
         parser.add_argument(f"--{name}", help="as in sbatch")
@@ -116,12 +122,14 @@ def add_sbatch_options(parser: argparse.ArgumentParser, time: str) -> None:
 
 
 def natural(text: str) -> int:
+    """0 or more, for argparse."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 
 def positive(text: str) -> int:
+    """1 or more, for argparse."""
     if natural(text) == 0:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
