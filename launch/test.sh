@@ -15,5 +15,5 @@ coverage=
 set_up '[test]'
 ruff check .
 mypy
-OMP_NUM_THREADS=1 python -m $coverage pytest -m "$marks" "$@"
+OMP_NUM_THREADS=1 python -m $coverage pytest -n 2 --dist loadgroup -m "$marks" "$@"
 [ -z "$coverage" ] || { coverage combine --quiet; coverage report; }
