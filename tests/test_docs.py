@@ -156,3 +156,16 @@ def test_the_tree_of_the_architecture_is_the_tree() -> None:
     assert not named - there, f"named, but not there: {sorted(named - there)}"
     modules = {path.name for path in CHECKOUT.glob("ccd_train/*.py") if not path.name.startswith("__")}
     assert not modules - named, f"docs/architecture.md has no place for {sorted(modules - named)}"
+
+
+def test_public_functions_say_what_they_do() -> None:
+    """All but `main` and `verb`, which their module describes, and the references, whose names are their formulas."""
+    silent = []
+    for package in ("ccd_train", "data_tools", "launch"):
+        for path in (CHECKOUT / package).rglob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                own = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+                if own and node.name not in ("main", "verb") and not ast.get_docstring(node):  # type: ignore[union-attr]
+                    silent.append(f"{path.relative_to(CHECKOUT)}:{node.lineno}")
+    silent = [place for place in silent if "photometric/reference" not in place]
+    assert not silent, f"no docstring: {', '.join(silent)}"
