@@ -193,6 +193,7 @@ def is_recognizer(path: Path) -> bool:
 
 
 def backbone(model: dict[str, object]) -> dict[str, object]:
+    """The settings of a model that a recogniser shares with a pretraining."""
     return {name: model[name] for name in BACKBONE}
 
 
