@@ -39,6 +39,7 @@ from ccd_train.run import Run, begin
 from data_tools import convert
 
 PROBE_SEED = 1_000_003  # of words that are not trained on
+INK, PAPER = 40, 220  # grey levels of text and background, where words are levelled
 UNEVEN = 12.0  # grey levels by which a background deviates from its mean before it counts as textured
 COLORS = {  # BGR
     "linear": (200, 90, 20),
@@ -77,7 +78,19 @@ class Point:
     """Of metrics.jsonl, averaged since the point before."""
 
 
-def write_words(path: Path, count: int, seed: int, alphabet: str) -> None:
+def levelled(data: bytes) -> bytes:
+    """The same crop as grey levels, its pseudo-mask's text at INK and the rest at PAPER in the mean. Texture stays."""
+    image = decode_rgb(data)
+    grey, text = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32), pseudo_mask(image) > 0
+    if not text.any() or text.all():
+        return data
+    ink, paper = grey[text].mean(), grey[~text].mean()
+    share = (grey - paper) / (ink - paper if abs(ink - paper) > 1 else 1)
+    levels = np.clip(np.rint(PAPER + (INK - PAPER) * share), 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", levels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def write_words(path: Path, count: int, seed: int, alphabet: str, level: bool) -> None:
     """Rendered words with labels and true masks; of random characters where an alphabet is given."""
     if path.exists():
         return
@@ -86,7 +99,7 @@ def write_words(path: Path, count: int, seed: int, alphabet: str) -> None:
     with LmdbWriter(unfinished) as writer:
         for index in range(count):
             word = render(seed, index, fonts, alphabet)
-            writer.add(word.image, word.label, word.mask)
+            writer.add(levelled(word.image) if level else word.image, word.label, word.mask)
     unfinished.rename(path)
 
 
@@ -212,6 +225,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=10, help="measurements over the whole length")
     parser.add_argument("--words", type=int, default=20000, help="rendered words to train on")
     parser.add_argument("--alphabet", default="", help="random strings of these instead of words")
+    parser.add_argument("--level", action="store_true", help="all words dark on light, by their pseudo-masks")
     parser.add_argument("--probe-words", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: the recipe's)")
@@ -220,8 +234,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    write_words(out / "words", options.words, options.seed, options.alphabet)
-    write_words(out / "probe", options.probe_words, PROBE_SEED + options.seed, options.alphabet)
+    write_words(out / "words", options.words, options.seed, options.alphabet, options.level)
+    write_words(out / "probe", options.probe_words, PROBE_SEED + options.seed, options.alphabet, options.level)
     if not (out / "shards").exists():
         assert (
             convert.main(
@@ -245,6 +259,7 @@ def main() -> None:
         points.append(measure(run, words, masks, earlier + minutes, figures))
         content = {
             "config": options.config, "seed": options.seed, "alphabet": options.alphabet, "words": options.words,
+            "level": options.level,
             "usable_words": len(words.labels), "textured_words": int(masks.textured.sum()),
             "pseudo_plain": pseudo[0], "pseudo_textured": pseudo[1], "points": [asdict(point) for point in points],
         }  # fmt: skip
