@@ -53,6 +53,7 @@ def verbs() -> dict[str, list[str]]:
     return names | {"ccd-submit": list(subparsers.choices or ())}
 
 
+@pytest.mark.xdist_group("typed")  # once, not by every worker of xdist
 @pytest.mark.parametrize("page", PAGES, ids=called)
 def test_every_command_works(page: Path, typed: tuple[dict[str, list[Try]], Path]) -> None:
     tries = typed[0][called(page)]
@@ -62,6 +63,7 @@ def test_every_command_works(page: Path, typed: tuple[dict[str, list[Try]], Path
     assert not slow, "\n".join(slow)
 
 
+@pytest.mark.xdist_group("typed")
 def test_the_commands_did_what_the_pages_say(typed: tuple[dict[str, list[Try]], Path]) -> None:
     results, folder = typed
     assert sum(map(len, results.values())) > 60
