@@ -108,6 +108,7 @@ def figures_of(run: Tuning, lr: float, totals: list[float]) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def validate(run: Tuning) -> dict[str, float]:
     """Has the ranks share the validation words, read them, and keep the weights where they are the best so far."""
     words, device, ranks = run.valid.num_samples, distributed.device(), distributed.world_size()
@@ -115,6 +116,7 @@ def validate(run: Tuning) -> dict[str, float]:
     network = run.copy.ready()
     count = min(READ_AT_ONCE, -(-words // ranks))
     seen, right = 0, dict.fromkeys(RULES, 0)
+    loss = torch.zeros(2, dtype=torch.float64, device=device)  # its sum over tokens, and their number
     with loader(
         run.valid, Order(run.valid.shard_samples, 0, run.config.data.window_shards), start_position=0,
         end_position=words, global_batch_size=count * ranks, micro_batch_size=count, rank=distributed.rank(),
@@ -125,17 +127,22 @@ def validate(run: Tuning) -> dict[str, float]:
             run.watch.at(run.progress.step, "validation")
             images = batch.images_u8.to(device, non_blocking=True).float()
             normalize(images)
-            read = decoding.read(network, images.to(run.engine.dtype)).tokens.tolist()
+            images, targets = images.to(run.engine.dtype), encode(run, batch).to(device)
+            read = decoding.read(network, images).tokens.tolist()
             for tokens, label, epoch in zip(read, batch.labels, batch.epochs.tolist(), strict=True):
                 if epoch == 0:  # the last batch goes on at the beginning
                     text, seen = run.charset.decode(tokens), seen + 1
                     for rule in RULES:
                         right[rule] += same(text, label or "", rule)
+            targets[batch.epochs.to(device) > 0, 1:] = run.charset.padding
+            number = (targets[:, 1:] != run.charset.padding).sum()
+            loss += torch.stack([recognition_loss(network(images, targets), targets) * number, number])
     sums = torch.tensor([seen, *right.values()], dtype=torch.float64, device=device)
-    total, *counts = distributed.all_reduce_sum(sums).tolist()
+    loss_sum, tokens_seen, total, *counts = distributed.all_reduce_sum(torch.cat([loss, sums])).tolist()
     accuracy = {rule: count / total for rule, count in zip(RULES, counts, strict=True)}
     run.judge(accuracy[run.config.valid.rule])
-    return {f"valid_{rule}": value for rule, value in accuracy.items()} | {"valid_best": run.progress.best}
+    figures = {f"valid_{rule}": value for rule, value in accuracy.items()}
+    return {**figures, "valid_best": run.progress.best, "valid_loss": loss_sum / tokens_seen}
 
 
 def train(run: Tuning, metrics: Metrics | None) -> bool:

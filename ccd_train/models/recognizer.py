@@ -209,6 +209,7 @@ class Recognizer(nn.Module):
             drop_path=model.drop_path,
             activation_checkpointing=activation_checkpointing,
             initial_std=model.initial_std,
+            contrast_std=model.contrast_std,
         )
         self.encoder = Mlp(
             (model.width, sizes.encoder_hidden, sizes.width), sizes.dropout, "encoder", hidden_dropout=sizes.dropout

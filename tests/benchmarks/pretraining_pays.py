@@ -63,18 +63,18 @@ class Row:
     similarity: float
     """1 − NED."""
     loss: float
-    """Of the training, mean over the last tenth of the lines of metrics.jsonl."""
+    """Cross-entropy of a token of the validation words, the lowest of the validations, in nats."""
     minutes: float
 
 
-def write_words(path: Path, count: int, seed: int, alphabet: str) -> Path:
+def write_words(path: Path, count: int, seed: int, options: argparse.Namespace) -> Path:
     """Rendered words, whole or not there."""
     if not path.exists():
-        unfinished, fonts = path.with_name(f"{path.name}.unfinished"), find_fonts()
+        unfinished, fonts = path.with_name(f"{path.name}.unfinished"), () if options.one_font else find_fonts()
         shutil.rmtree(unfinished, ignore_errors=True)
         with LmdbWriter(unfinished) as writer:
             for index in range(count):
-                word = render(seed, index, fonts, alphabet)
+                word = render(seed, index, fonts, options.alphabet)
                 writer.add(word.image, word.label)
         unfinished.rename(path)
     return path
@@ -146,16 +146,16 @@ def live(verb: Any, config: RunConfig) -> float:
     return (time.monotonic() - began) / 60
 
 
-def last_loss(run_dir: Path) -> float:
-    lines = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return float(np.mean(lines[-max(1, len(lines) // 10) :]))
+def lowest_loss(run_dir: Path) -> float:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return float(min(line["valid_loss"] for line in lines if "valid_loss" in line))
 
 
 def table(rows: list[Row]) -> str:
     """Accuracy and 1 − NED, pretrained beside scratch, for every share of the labels and every set."""
     lines = [
         "| words read | labels | accuracy, scratch | accuracy, pretrained | 1 − NED, scratch | 1 − NED, pretrained "
-        "| training loss, scratch | training loss, pretrained |",
+        "| validation loss, scratch | validation loss, pretrained |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     found = {(row.set, row.fraction, row.init): row for row in rows}
@@ -217,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="shards with labels to train on (default: words are rendered)")
     parser.add_argument("--words", type=int, default=20000, help="words to render")
     parser.add_argument("--alphabet", default="", help="random strings of these characters instead of words")
+    parser.add_argument("--one-font", action="store_true", help="render in Pillow's own font only: easier to learn")
     parser.add_argument("--pretrain-samples", type=int, default=200_000)
     parser.add_argument("--finetune-samples", type=int, default=100_000)
     parser.add_argument("--test-words", type=int, default=1000, help="rendered words of the test")
@@ -241,13 +242,13 @@ def main() -> None:
         (out / "charset.txt").write_text("\n".join(dict.fromkeys(options.alphabet)))
     corpus = options.corpus or out / "shards"
     if options.corpus is None and not corpus.exists():
-        words = write_words(out / "words", options.words, options.seed, options.alphabet)
+        words = write_words(out / "words", options.words, options.seed, options)
         converted = convert.main(["--src", str(words), "--out", str(corpus), "--name", "words", "--workers", "1"])
         assert converted == 0
-    write_words(out / "test" / "rendered", options.test_words, TEST_SEED, options.alphabet)
+    write_words(out / "test" / "rendered", options.test_words, TEST_SEED, options)
     real = write_real(out, options.alphabet, options.test_words if options.smoke else None)
     valid = next((path for path in real if path.parent.name == "valid"), None)
-    valid = valid or write_words(out / "valid" / "rendered", options.test_words // 4, VALID_SEED, options.alphabet)
+    valid = valid or write_words(out / "valid" / "rendered", options.test_words // 4, VALID_SEED, options)
 
     found = out / "pretraining_pays.json"
     rows = [Row(**row) for row in json.loads(found.read_text())["rows"]] if found.exists() else []
@@ -264,7 +265,7 @@ def main() -> None:
             reader = Reader(recognizers.read(config.run_dir))
             for one in find_sets(out / "test"):
                 result, _ = evaluate(reader, one, RULE, batch_size=128, errors=0)
-                loss = last_loss(config.run_dir)
+                loss = lowest_loss(config.run_dir)
                 rows.append(
                     Row(init, fraction, labels, one.name, result.words, result.accuracy, result.similarity, loss, spent)
                 )
