@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ccd_train import checkpoint, pretrain, recognizers, run, tuning, weights
 from ccd_train.charset import read_charset
+from ccd_train.config import Config
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.synthetic import render
 from ccd_train.errors import UserError
@@ -282,11 +283,11 @@ def test_it_ends_when_patience_does_and_stays_ended(tiny: Tiny, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [name for name in recipes(FineTuning) if name.startswith("recognizer_")])
-def test_recipes_are_possible(name: str) -> None:
-    config = replace(
-        read_recipe(FineTuning, name),
-        run_dir=Path("run"), init=Path("scratch"),
-    )  # fmt: skip
+def test_recipes_are_possible_and_fit_a_pretraining(name: str) -> None:
+    config = replace(read_recipe(FineTuning, name), run_dir=Path("run"), init=Path("scratch"))
+    theirs = read_recipe(Config, name.replace("recognizer", "vit")).model
+    for size in (*tuning.BACKBONE, "initial_std", "contrast_std", "drop_path"):
+        assert getattr(config.model, size) == getattr(theirs, size)
     replace(config, data=replace(config.data, train=(Path("a"),), valid=(Path("b"),))).check()
 
 
