@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import torch
+
 from ccd_train import distributed
 from ccd_train.config import RunConfig, identity
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, UserError
@@ -155,6 +157,7 @@ def environment(hosts: list[str]) -> str:
     lines = [
         f"started {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
         f"hosts {', '.join(f'{host} × {hosts.count(host)}' for host in dict.fromkeys(hosts))}",
+        f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
         f"python {platform.python_version()} on {platform.platform()}",
         *(f"{package} {metadata.version(package)}" for package in PACKAGES),
         f"commit {commit.stdout.strip() or 'unknown'}",

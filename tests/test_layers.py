@@ -25,7 +25,7 @@ BASE = {
     "distributed", "finetuning",
 }  # fmt: skip
 METHOD = {
-    "pictures", "gallery", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers",
+    "pictures", "gallery", "budget", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers",
     "decoding", "scoring", "models", "data",
 }  # fmt: skip
 RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "training", "run", "tuning"}
