@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Tiny
 from pages import CHECKOUT, OPTION, anchors, called, commands, links, messages, options, pages
 from tried import NOT_HERE, Try, helps, type_pages
 
@@ -73,6 +78,24 @@ def test_the_commands_did_what_the_pages_say(typed: tuple[dict[str, list[Try]], 
     assert (folder / "start/runs/first/checkpoints/latest").read_text() == "step_00000002\n"
     assert (folder / "resuming/runs/nano/checkpoints/latest").read_text() == "step_00000012\n"
     assert (folder / "resuming/runs/first/export/teacher.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_page_on_resuming_as_it_stands(tiny: Tiny, tmp_path: Path) -> None:
+    """Not on a miniature: two processes, then one with a quarter of their batch, under the launcher."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/ocr-cc").symlink_to(tiny.shards)
+    (tmp_path / "launch").symlink_to(CHECKOUT / "launch")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    typed = [command for command in commands(CHECKOUT / "docs/resuming.md") if "torchrun" in command.text]
+    assert len(typed) == 3
+    for command in typed:
+        result = subprocess.run(
+            ["bash", "-c", command.text], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{command.place}: {result.stdout}{result.stderr}"
+    lines = [json.loads(line) for line in (tmp_path / "runs/nano/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 12 and lines[-1]["samples"] == 12 * 64
 
 
 def test_what_cannot_be_tried_is_on_the_list_for_a_reason() -> None:

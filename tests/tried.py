@@ -236,7 +236,10 @@ def submission(words: list[str]) -> int:
         own.append("--dry-run")
         rest += ["--resume.allow_change", "--checkpoint.keep", "1"] if rest else []
     arguments, settings = submit.read([*own, *rest])
-    return int(arguments.verb(arguments, settings))
+    code = int(arguments.verb(arguments, settings))
+    if "run_dir" in arguments:
+        arguments.run_dir.mkdir(parents=True, exist_ok=True)  # as the submission would
+    return code
 
 
 def with_hostfile(words: list[str]) -> int:
