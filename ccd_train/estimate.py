@@ -74,6 +74,7 @@ class Estimate:
 
 
 def estimate(settings: Settings, gpus: int) -> Estimate:
+    """Of a run with these settings on so many GPUs."""
     train, gpu = settings.train, GPUS[settings.gpu]
     accumulation = 1
     if train.global_batch_size is not None:
