@@ -31,7 +31,7 @@ from ccd_train.metrics import duration
 # Figures that share a chart of one run; whatever else is logged gets a chart of its own.
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Losses", ("loss", "loss_distillation", "loss_segmentation")),
-    ("Teacher's entropy, and how far the student is from it (nats)", ("teacher_entropy", "kl")),
+    ("Teacher's entropy, and KL to the student (nats)", ("teacher_entropy", "kl")),
     ("Prototypes in use", ("prototypes_used",)),
     ("Effective rank of the features", ("feature_rank",)),
     ("Deviation of the features", ("feature_std",)),
