@@ -12,6 +12,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w.-]*)")
+INDENTED = re.compile(r"^    (?=(?:ccd-|bash |python ))(.+)\n", re.MULTILINE)  # Markdown's other kind of code
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 
@@ -43,14 +44,19 @@ def called(page: Path) -> str:
 
 
 def commands(page: Path) -> list[Command]:
-    """Of all ```bash blocks, in order; `a && b` and `a; b` are two."""
+    """Of all ```bash blocks and indented lines, in order; `a && b` and `a; b` are two."""
     text = page.read_text(encoding="utf-8")
     found = []
-    for block in BLOCK.finditer(text):
-        if block[1] != "bash":
-            continue
-        first = text.count("\n", 0, block.start()) + 2
-        lines = block[2].splitlines()
+    fenced = list(BLOCK.finditer(text))
+    code = [(block.start(2), block[2]) for block in fenced if block[1] == "bash"]
+    code += [
+        (line.start(), line[1])
+        for line in INDENTED.finditer(text)
+        if not any(block.start() < line.start() < block.end() for block in fenced)
+    ]
+    for place, typed_there in sorted(code):
+        first = text.count("\n", 0, place) + 1
+        lines = typed_there.splitlines()
         while lines:
             line, start, size = lines[0], first, 1
             while line.endswith("\\"):
