@@ -10,7 +10,7 @@ import torch
 
 from ccd_train import checkpoint, distributed, recognizers, schedules, weights
 from ccd_train.augment import WordAugmentation
-from ccd_train.charset import Charset, read_charset
+from ccd_train.charset import Charset, Tally, read_charset
 from ccd_train.data.loader import Batches, loader
 from ccd_train.data.order import Order
 from ccd_train.data.words import Words, open_words
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 BACKBONE = ("width", "depth", "heads")  # settings of the model that a recogniser has in common with a pretraining
 BEST = f"export/{recognizers.FILE}"  # of the run folder
+Opened = tuple[Words, Tally]
 
 
 @dataclass
@@ -106,8 +107,10 @@ def begin(config: FineTuning) -> Tuning:
     home = Home(config)
     with distributed.together():
         charset = read_charset(config.data.charset)
-    words, valid = open_data(config, charset, home.run_dir)
-    home.settle({"corpus": words.hash, "valid": valid.hash, "charset": charset.characters})
+    train, valid = open_data(config, charset)
+    words = train[0]
+    home.settle({"corpus": words.hash, "valid": valid[0].hash, "charset": charset.characters})
+    tell_labels(home.run_dir, train, valid, config.train.total_samples)
 
     torch.manual_seed(config.seed)
     student = Recognizer(config.model, config.recognizer, charset.classes, config.train.activation_checkpointing)
@@ -136,7 +139,7 @@ def begin(config: FineTuning) -> Tuning:
         with_labels=True,
         max_damaged=config.data.max_damaged,
     )
-    return Tuning(config, home, words, valid, charset, engine, network, batches, progress)
+    return Tuning(config, home, words, valid[0], charset, engine, network, batches, progress)
 
 
 def window(config: FineTuning) -> int:
@@ -144,25 +147,25 @@ def window(config: FineTuning) -> int:
     return round(config.data.window_shards / config.data.fraction)
 
 
-def open_data(config: FineTuning, charset: Charset, run_dir: Path) -> tuple[Words, Words]:
-    """The words to learn from and those to validate on; what is odd about their labels goes to the log and labels.json.
-
-    All ranks together. Raises UserError on all of them.
-    """
+def open_data(config: FineTuning, charset: Charset) -> tuple[Opened, Opened]:
+    """The words to learn from and those to validate on (all ranks together). Raises UserError on all of them."""
     settings, length = config.data, config.recognizer.length
-    words, tally = open_words(
-        settings.train, charset, length, option="data.train", seed=config.seed, fraction=settings.fraction
-    )
-    valid, valid_tally = open_words(settings.valid, charset, length, option="data.valid")
+    seed, fraction = config.seed, settings.fraction
+    train = open_words(settings.train, charset, length, option="data.train", seed=seed, fraction=fraction)
+    return train, open_words(settings.valid, charset, length, option="data.valid")
+
+
+def tell_labels(run_dir: Path, train: Opened, valid: Opened, samples: int) -> None:
+    """Says what is odd about the labels, in the log and in labels.json (rank 0)."""
     if distributed.rank() == 0:
-        epochs = config.train.total_samples / words.num_samples
-        log.info("data.train: %d words, to be seen %.3g times; %s", words.num_samples, epochs, tally.describe())
-        log.info("data.valid: %d words; %s", valid.num_samples, valid_tally.describe())
-        found = (("train", words, tally), ("valid", valid, valid_tally))
-        write_json(
-            run_dir / "labels.json", {name: {"words": part.num_samples, **vars(odd)} for name, part, odd in found}
-        )
-    return words, valid
+        for name, (words, tally) in (("train", train), ("valid", valid)):
+            log.info("data.%s: %d words; %s", name, words.num_samples, tally.describe())
+        log.info("%d samples: every word is seen %.3g times", samples, samples / train[0].num_samples)
+        found = {
+            name: {"words": words.num_samples, **vars(tally)}
+            for name, (words, tally) in (("train", train), ("valid", valid))
+        }
+        write_json(run_dir / "labels.json", found)
 
 
 def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> None:
