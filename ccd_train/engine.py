@@ -395,7 +395,8 @@ def _import_deepspeed(verbose: bool) -> Any:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    for speaker in (logger, *logger.handlers):
+        speaker.setLevel(logging.INFO if verbose else logging.WARNING)
     # On CPUs it would compile an all-reduce through shared memory at the first start. gloo needs no compiler, leaves
     # nothing behind when it is killed, and does not wait for ever for a rank that is gone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
