@@ -34,7 +34,7 @@ from torch import Tensor
 from ccd_train import distributed, weights
 from ccd_train.config import Config
 from ccd_train.ema import Teacher
-from ccd_train.engine import Engine
+from ccd_train.engine import Engine, read_file
 from ccd_train.errors import UserError
 from ccd_train.files import Digest, digest, replace_file, sync_folder, write_file
 from ccd_train.losses import Center
@@ -328,5 +328,5 @@ def _frozen(checkpoint: Path, ranks: int, shapes: dict[str, torch.Size]) -> dict
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """One of DeepSpeed's files, mapped rather than read. Its hash was checked: it may hold DeepSpeed's own classes."""
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # type: ignore[no-any-return]
+    """One of DeepSpeed's files, mapped rather than read."""
+    return read_file(path, "cpu", mmap=True)  # type: ignore[no-any-return]

@@ -12,6 +12,8 @@ import io
 import json
 import logging
 import os
+import pickle
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -75,8 +77,7 @@ class Files:
         self.contents[Path(path).name] = buffer.getbuffer()
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Of our own files, whose hashes were checked: they hold DeepSpeed's own classes."""
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return read_file(Path(path), map_location)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """The folder is made by checkpoint.py."""
@@ -92,6 +93,28 @@ class Files:
 
     def preserves_storage_sharing(self) -> bool:
         return True
+
+
+def read_file(path: Path, map_location: Any = None, mmap: bool = False) -> Any:
+    """One of a checkpoint's files. It runs no code: beside tensors only a few of DeepSpeed's plain classes are made.
+
+    UserError for a file that holds anything else, which none of ours does.
+    """
+    if "deepspeed" not in sys.modules:
+        _import_deepspeed(verbose=False)
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path}: not loaded, because it could run code ({found[1] if found else 'an unknown pickle'}); "
+            "no checkpoint of ours holds that: do not use it"
+        ) from None
 
 
 def read_deepspeed_file(name: str | None) -> tuple[str, dict[str, Any]]:

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ccd_train import checkpoint
 from ccd_train.config import Config
+from ccd_train.engine import read_file
 from ccd_train.errors import UserError
 from ccd_train.files import write_file
-from ccd_train.life import lock
+from ccd_train.life import Stop, lock
 from ccd_train.run import Run, begin
 
 TIMES = {"samples_per_second", "data_wait", "time"}
@@ -344,3 +345,23 @@ def test_two_lives_at_once_are_refused(tmp_path: Path) -> None:
     again = lock(tmp_path, patience=0.5)
     assert again is not None
     again.close()
+
+
+class Evil:
+    """What a stranger may have put into a checkpoint."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.proof,))
+
+
+def test_a_checkpoint_of_a_stranger_runs_no_code(tmp_path: Path) -> None:
+    for name, value in (("evil.pt", Evil(tmp_path / "executed")), ("odd.pt", Stop)):
+        torch.save({"module": value}, tmp_path / name)
+        with pytest.raises(UserError, match="it could run code"):
+            read_file(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+    package = Path(read_file.__code__.co_filename).parent
+    assert not [path for path in package.rglob("*.py") if "weights_only=False" in path.read_text()]
