@@ -118,7 +118,8 @@ def _axes(lines: Sequence[Line], log: bool) -> Axes:
     if logarithmic:
         low, high = low / 1.1, high * 1.1
     else:
-        spread = (high - low) or abs(high) or 1.0
+        high = 1.0 if low == high == 0 else high
+        spread = (high - low) or abs(high)
         low = 0.0 if 0 <= low < 0.5 * high else low - 0.06 * spread
         high += 0.06 * spread
     return Axes((left, right if right > left else left + 1), (low, high), logarithmic)
@@ -151,7 +152,7 @@ def _label(value: float, among: Sequence[float]) -> str:
     """With as many decimals as tell it from the others."""
     step = min((b - a for a, b in pairwise(among)), default=abs(value) or 1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return number(value) if decimals > 5 or abs(value) >= 1e7 else f"{value:,.{decimals}f}"
+    return number(value) if decimals > (8 if abs(value) > 0.1 else 5) or abs(value) >= 1e7 else f"{value:,.{decimals}f}"
 
 
 def _polyline(line: Line, axes: Axes) -> str:

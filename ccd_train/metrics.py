@@ -44,7 +44,7 @@ class Metrics:
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
-            bar_format="step {n_fmt}/{total_fmt} {bar:10} {postfix}",  # the time left is in ours
+            bar_format="step {n_fmt}/{total_fmt} {bar:10} {desc}",  # the time left is in ours
             disable=not self._terminal,
             leave=False,
         )
@@ -105,7 +105,7 @@ class Metrics:
             f"{duration(left)} left"
         )
         if self._terminal:
-            self._bar.set_postfix_str(text)
+            self._bar.set_description_str(text)
             return
         done = values["step"] >= self._last_step
         if done or time.monotonic() - self._spoke >= QUIET_SECONDS:
