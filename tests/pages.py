@@ -44,11 +44,12 @@ def called(page: Path) -> str:
 
 
 def commands(page: Path) -> list[Command]:
-    """Of all ```bash blocks and indented lines, in order; `a && b` and `a; b` are two."""
+    """Of all ```bash blocks, indented lines and benchmarks, in order; `a && b` and `a; b` are two."""
     text = page.read_text(encoding="utf-8")
     found = []
     fenced = list(BLOCK.finditer(text))
-    code = [(block.start(2), block[2]) for block in fenced if block[1] == "bash"]
+    benchmarks = [block for block in fenced if not block[1] and block[2].startswith("python tests/benchmarks/")]
+    code = [(block.start(2), block[2]) for block in fenced if block[1] == "bash" or block in benchmarks]
     code += [
         (line.start(), line[1])
         for line in INDENTED.finditer(text)
