@@ -27,7 +27,7 @@ from ccd_train.config import Config
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.synthetic import render
 from ccd_train.errors import UserError
-from ccd_train.finetune import train, train_step
+from ccd_train.finetune import train, train_step, validate
 from ccd_train.finetuning import FineTuning
 from ccd_train.options import from_dict, read_recipe, recipes
 from ccd_train.reading import Reader
@@ -100,22 +100,29 @@ def test_it_learns_to_read(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def several(configs: list[FineTuning], count: int) -> list[list[dict[str, float]]]:
-    """Figures of some steps of each run, one after the other in the same processes."""
+    """Figures of some steps of each run, and of a validation, one after the other in the same processes."""
     results = []
     for config in configs:
         found = tuning.begin(config)
         results.append([train_step(found).figures for _ in range(count)])
+        results[-1].append(validate(found))
         found.close()
     return results
 
 
 def test_ranks_stages_and_micro_batches_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    """With dropout, stochastic depth and augmentation: all are drawn by the sample, and the loss is over all tokens."""
+    """With dropout, stochastic depth and augmentation: all are drawn by the sample, and the loss is over all tokens.
+
+    Nor do they change a validation, of a number of words that ranks cannot share evenly.
+    """
+    odd = written(tmp_path / "odd", 37)
 
     def configs(*variants: tuple[int, int]) -> list[FineTuning]:
         return [
             replace(
-                tuned(tiny, tmp_path / f"{micro}_{stage}", train={"micro_batch_size": micro}),
+                tuned(
+                    tiny, tmp_path / f"{micro}_{stage}", train={"micro_batch_size": micro}, data={"valid": [str(odd)]}
+                ),
                 deepspeed=stage_file(tmp_path, stage),
             )
             for micro, stage in variants
@@ -123,6 +130,10 @@ def test_ranks_stages_and_micro_batches_change_nothing(tiny: Tiny, tmp_path: Pat
 
     ((whole, cut),) = run_ranks(1, several, configs((8, 1), (2, 1)), 6)
     shared = run_ranks(2, several, configs((4, 1), (4, 2), (2, 3)), 6)
+    assert shared[1][0] == shared[0][0]
+    validations = [figures.pop() for figures in (whole, cut, *shared[0])]
+    for figures in validations:
+        assert figures == pytest.approx(validations[0], rel=2e-3)
     stage_1, stage_2, stage_3 = shared[0]
     assert [step["loss"] for step in stage_1] == [step["loss"] for step in stage_2]
     assert len({step["loss"] for step in whole}) == 6
@@ -130,7 +141,6 @@ def test_ranks_stages_and_micro_batches_change_nothing(tiny: Tiny, tmp_path: Pat
         expected = [step[name] for step in whole]
         for other in (cut, stage_1, stage_3):
             assert [step[name] for step in other] == pytest.approx(expected, rel=2e-4), name
-    assert shared[1][0] == shared[0][0]
 
 
 def command(recipe: Path, tiny: Tiny, run_dir: Path, *more: str) -> list[str]:
