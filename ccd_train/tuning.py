@@ -174,7 +174,7 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
     assert path is not None
     if path == SCRATCH:
         return
-    if is_recognizer(path):
+    if recognizers.is_recognizer(path):
         trained = recognizers.read(path, charset, config.model.heads, config.recognizer.heads)
         refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), except_for=("dropout",))
         refuse_other("model", path, backbone(to_dict(trained.model)), backbone(to_dict(config.model)))
@@ -186,13 +186,6 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
     # the norms of the taps belong to the segmentation head
     used = {name: tensor for name, tensor in teacher.items() if not name.startswith("tap_norms.")}
     weights.load(student.vit, used, found.origin)
-
-
-def is_recognizer(path: Path) -> bool:
-    """Whether there is a recogniser, in whatever form, and not a pretraining's weights."""
-    if path.suffix in (".pth", ".pt"):
-        return "net" in weights.read_tensors(path)
-    return path.name == recognizers.FILE or any((path / place).is_file() for place in recognizers.PLACES)
 
 
 def backbone(model: dict[str, object]) -> dict[str, object]:

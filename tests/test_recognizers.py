@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from ccd_train import config, recognizers, weights
 from ccd_train.charset import Charset, read_charset
 from ccd_train.errors import UserError
+from ccd_train.finetuning import FineTuning
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.recognizers import Trained
+from ccd_train.tuning import start_from
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = GOLDEN / "recognizer_official_layout.pth"
@@ -50,6 +52,13 @@ def test_an_export_comes_back_as_it_was(folder: Path, trained: Trained, place: s
     assert found.state.keys() == trained.state.keys()
     assert all(torch.equal(tensor, trained.state[name]) for name, tensor in found.state.items())
     assert not found.network().training
+
+
+def test_a_fine_tuning_begins_with_an_export_of_any_name(folder: Path, trained: Trained, tmp_path: Path) -> None:
+    path = (folder / "export" / recognizers.FILE).rename(tmp_path / "reader.safetensors")
+    network = Recognizer(MODEL, SIZES, trained.charset.classes)
+    start_from(FineTuning(init=path, model=MODEL, recognizer=SIZES), trained.charset, network)
+    assert all(torch.equal(tensor, trained.state[name]) for name, tensor in network.state_dict().items())
 
 
 def test_the_charset_of_an_export_is_its_own(folder: Path) -> None:
