@@ -43,7 +43,7 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """How many processes train on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))  # the latter: DeepSpeed
 
 
 def device() -> torch.device:

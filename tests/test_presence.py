@@ -96,3 +96,15 @@ def test_other_code_on_one_host_is_an_error_on_all(tiny: Tiny, tmp_path: Path, c
     there, error = errors[0].splitlines()
     assert there == f"{host} (lo 127.0.0.1): rank 0 on cpu, rank 1 on cpu, rank 2 on cpu"
     assert error.startswith(f"error: rank 1 on {host} has other code (ccd_train {code}) than rank 0 on {host} (")
+
+
+@pytest.mark.parametrize(("variable", "launcher"), [("LOCAL_WORLD_SIZE", "torchrun"), ("LOCAL_SIZE", "DeepSpeed")])
+def test_every_launcher_says_how_many_processes_share_a_machine(
+    variable: str, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they share its cores; deepspeed/launcher/launch.py names it otherwise than torchrun."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.local_world_size() == 1
+    monkeypatch.setenv(variable, "4")
+    assert distributed.local_world_size() == 4, launcher
