@@ -1,7 +1,7 @@
 """What pretraining teaches a small network: character probe and segmentation, as a curve over samples.
 
     python tests/benchmarks/it_learns.py --out FOLDER [--config vit_nano] [--samples 60000] [--minutes 45] [--seed 0]
-        [--alphabet 0123456789]
+        [--alphabet 0123456789] [--level]
 
 Renders words, converts them, pretrains on them without their labels, and measures at several points, the untrained
 network first: the linear and 5-nearest-neighbour accuracy of `ccd-train probe` on the teacher's features, and the IoU
@@ -265,7 +265,7 @@ def main() -> None:
         }  # fmt: skip
         found.write_text(json.dumps(content, indent=1))
         (out / "it_learns.md").write_text(table(points, pseudo))
-        cv2.imwrite(str(out / "it_learns.png"), draw(points, pseudo, config.train.total_samples))
+        cv2.imwrite(str(out / "it_learns.png"), draw(points, pseudo, max(1, points[-1].samples)))
         print(table(points, pseudo).splitlines()[1 + len(points)], flush=True)
 
     look(0.0, [])
