@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from ccd_train.config import Config
-from ccd_train.errors import FAILED, UserError, run
+from ccd_train.errors import FAILED, UNFINISHED, UserError, run
 from ccd_train.finetuning import FineTuning
 from ccd_train.options import parse
 
@@ -65,27 +65,33 @@ def checked_run_dir(command: list[str]) -> Path:
     raise UserError("launch.outcome: the command has no `-m ccd_train pretrain` or `finetune` with an outcome to read")
 
 
-def follow(command: list[str]) -> int:
-    """Runs the command, passes signals on to it, and returns its exit code."""
+def follow(command: list[str]) -> tuple[int, str]:
+    """Runs the command and passes signals on to it; returns its exit code and the first signal's name, or nothing."""
     try:
         process = subprocess.Popen(command)
     except OSError as error:
         raise UserError(f"{command[0]}: {error.strerror}; activate the environment of this program") from None
 
+    told: list[str] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
+        told.append(signal.Signals(number).name)
         process.send_signal(number)
 
     for number in FORWARDED:
         signal.signal(number, forward)
-    return process.wait()
+    return process.wait(), "".join(told[:1])
 
 
 def main(command: list[str]) -> int:
     run_dir = checked_run_dir(command)
     before = outcome_identity(run_dir)
-    code = follow(command)
+    code, told = follow(command)
     outcome = read_outcome(run_dir)
     if outcome is None or outcome_identity(run_dir) == before:
+        if told:
+            print(f"unfinished: {told} before the run could save; start the same command again", file=sys.stderr)
+            return UNFINISHED
         print(f"failed: the run ended without an outcome; its launcher ended with {code}", file=sys.stderr)
         return code if code > 1 else FAILED
     print(f"the run ended with {outcome.code} ({outcome.word})", flush=True)

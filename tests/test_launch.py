@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Tiny
+from torch.distributed import DistNetworkError
 from torch.distributed.run import get_args_parser
 
 from ccd_train.config import Config
@@ -20,6 +21,7 @@ from ccd_train.errors import UserError
 from ccd_train.options import option_names
 from launch.hostfile import main as deepspeed_main
 from launch.outcome import Outcome, read_outcome
+from launch.torchrun import explain
 
 CHECKOUT = Path(__file__).parents[1]
 PAYLOAD = """
@@ -74,6 +76,50 @@ def test_signals_reach_the_run(settings: list[str]) -> None:
     assert time.monotonic() - start < 10
 
 
+def test_told_to_stop_before_it_can_is_unfinished(settings: list[str]) -> None:
+    program = "signal.signal(signal.SIGTERM, signal.SIG_DFL); print('up', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        wrapped(program, *settings), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors.startswith("unfinished: SIGTERM before the run could save")
+
+
+SLOW_TO_SAVE = """
+def save(*_):
+    print("saving", flush=True)
+    time.sleep(3)  # longer than torchrun waits between two looks at its workers
+    end(75)
+signal.signal(signal.SIGUSR1, save)
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_usr1_reaches_the_workers_of_torchrun(settings: list[str], tmp_path: Path, ignored: bool) -> None:
+    """Torchrun passes it on and waits; where the batch script has it ignored, torchrun leaves it to SLURM."""
+    (tmp_path / "payload.py").write_text(PAYLOAD + SLOW_TO_SAVE)
+    torchrun = ["-m", "launch.torchrun", "--standalone", "--nproc_per_node", "1", str(tmp_path / "payload.py")]
+    command = [sys.executable, "-m", "launch.outcome", sys.executable, *torchrun, "-m", "ccd_train", "pretrain"]
+    shell = ["bash", "-c", 'trap "" USR1; exec "$@"', "_"] if ignored else []
+    with subprocess.Popen([*shell, *command, *settings], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGUSR1)
+        if ignored:
+            time.sleep(2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert output == ("" if ignored else "saving\n") + "the run ended with 75 (word)\n"
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [(["--train.micro_batch_siz", "4"], "micro_batch_siz"), (["--train.micro_batch_size", "0"], "micro_batch_size")],
@@ -124,6 +170,25 @@ def test_a_host_without_an_address_is_one_line() -> None:
     assert result.returncode == 1
     assert "cannot resolve no-such-host.invalid:29500" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_one_line_with_the_remedy(settings: list[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = ["--master_addr", "localhost", "--master_port", str(port)]
+        size = ["--nnodes", "2", "--node_rank", "0", "--nproc_per_node", "1", *place]
+        result = finish([sys.executable, "-m", "launch.torchrun", *size, "-m", "ccd_train", "pretrain", *settings])
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {socket.gethostname()}: the port of localhost:{port} is in use here; set MASTER_")
+
+
+def test_a_first_node_that_cannot_be_reached_is_one_line() -> None:
+    error = DistNetworkError("The client socket has timed out\nat frame #0")
+    assert explain(error, "node1:29500").startswith("no meeting at node1:29500 (The client socket has timed out); look")
 
 
 @pytest.mark.slow
