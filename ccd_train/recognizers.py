@@ -28,6 +28,7 @@ from ccd_train.weights import (
     EMBEDDING,
     OFFICIAL_HEAD_WIDTH,
     State,
+    is_named,
     load,
     official_name,
     read_tensors,
@@ -144,11 +145,7 @@ def read_export(path: Path) -> Trained:
         raise UserError(f"{path}: cannot be read ({error}); export the recogniser again") from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: no recogniser (its format is {metadata.get('format')!r}); {_FINE_TUNE}")
-    try:
-        values = {name: json.loads(metadata[name]) for name in ("model", "recognizer", "charset", "about")}
-        name, characters = values["charset"]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: its description is damaged ({error}); export the recogniser again") from None
+    values = _values(path, metadata)
     model = from_dict(config.Model, values["model"], str(path), "model.")
     sizes = from_dict(config.Recognizer, values["recognizer"], str(path), "recognizer.")
     config.require(
@@ -158,6 +155,7 @@ def read_export(path: Path) -> Trained:
         f"no divisor of the width in {path}",
     )
     sizes.check()
+    name, characters = values["charset"]
     charset = Charset(characters, name)
     refuse_misfits(_shapes(model, sizes, charset), state, str(path))
     return Trained(model, sizes, charset, state, values["about"], str(path))
@@ -173,7 +171,7 @@ def read_official(
     """An official fine-tuned checkpoint as ours. Raises UserError."""
     checkpoint = read_tensors(path)
     net = checkpoint.get("net")
-    if not isinstance(net, dict) or not all(torch.is_tensor(item) for item in net.values()):
+    if not isinstance(net, dict) or not all(is_named(name, item) for name, item in net.items()):
         held = ", ".join(map(str, checkpoint)) or "nothing"
         raise UserError(f"{path}: no 'net' of tensors in it (it holds {held}), so no official recogniser; {_FINE_TUNE}")
     official = {name.removeprefix("module."): tensor for name, tensor in net.items()}
@@ -204,6 +202,25 @@ def _find(path: Path) -> Path:
     raise UserError(
         f"{path}: no recogniser here ({FILE}): a fine-tuning has one from its first validation on; {_FINE_TUNE}"
     )
+
+
+def _values(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What an export's metadata say: plain values by name, with a charset that is one. Raises UserError."""
+    try:
+        values = {name: json.loads(metadata[name]) for name in ("model", "recognizer", "charset", "about")}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its description is damaged ({error}); export the recogniser again") from None
+    match values["charset"]:
+        case [str(), str(characters)] if characters and len(set(characters)) == len(characters):
+            pass
+        case other:
+            raise UserError(
+                f"{path}: its description is damaged (charset {other!r}: neither a name nor characters that occur "
+                "once each); export the recogniser again"
+            )
+    if not isinstance(values["about"], dict):
+        raise UserError(f"{path}: its description is damaged (about {values['about']!r}); export the recogniser again")
+    return values
 
 
 def _named(charset: Charset) -> str:

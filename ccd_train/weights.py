@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,11 @@ OFFICIAL_HEAD_WIDTH = 64  # width / heads of the official tiny, small and base
 OFFICIAL_GRID = 16
 EMBEDDING = "vit.position_embedding"
 LARGEST_RESIDUAL = 1e-3  # of an exported position embedding, relative to its own length
+# What the readers of zip, pickle and torch raise for damaged content.
+DAMAGE = (
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OverflowError),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+)
 
 # Ours → official, in this order. The digits in nn.Sequential stand for the layers at these places.
 OFFICIAL_NAMES = (
@@ -153,9 +160,9 @@ def read_official(path: Path, heads: int | None = None) -> Weights:
         raise UserError(
             f"{path}: no {' and no '.join(missing)} in it (it holds {held}); not an official CCD checkpoint"
         )
-    odd = [f"{name}: {key}" for name in NETWORKS for key, item in checkpoint[name].items() if not torch.is_tensor(item)]
+    odd = [f"{name}: {key!r}" for name in NETWORKS for key, item in checkpoint[name].items() if not is_named(key, item)]
     if odd:
-        raise UserError(f"{path}: {', '.join(odd)}: no tensors; not an official CCD checkpoint")
+        raise UserError(f"{path}: {', '.join(odd)}: no tensors with names; not an official CCD checkpoint")
     states = {
         name: {key.removeprefix("module."): tensor for key, tensor in checkpoint[name].items()} for name in NETWORKS
     }
@@ -271,6 +278,12 @@ def read_tensors(path: Path) -> dict[Any, Any]:
             f"{path}: not a checkpoint of torch ≥ 1.6, or cut short; copy it again, or save it with a newer torch"
         )
     try:
+        with zipfile.ZipFile(path) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            raise UserError(
+                f"{path}: TorchScript, which is for torch.jit.load; give the run it comes from, or its .safetensors"
+            )
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if unsafe:
             raise UserError(
@@ -278,11 +291,17 @@ def read_tensors(path: Path) -> dict[Any, Any]:
                 "and save its tensors alone"
             )
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); copy it again") from None
+    except DAMAGE as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: damaged ({reason}); copy it again") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not an official CCD checkpoint")
     return checkpoint
+
+
+def is_named(name: object, item: object) -> bool:
+    """Whether something in a file is a tensor under a name."""
+    return isinstance(name, str) and torch.is_tensor(item)
 
 
 def refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str) -> None:

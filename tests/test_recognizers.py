@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -126,6 +127,7 @@ def test_classes_of_no_named_charset_need_a_file(tmp_path: Path) -> None:
     [
         ({"student": {}, "teacher": {}}, "no 'net' of tensors in it .it holds student, teacher."),
         ({"net": {"a": 1}}, "no 'net' of tensors"),
+        ({"net": {3: torch.zeros(1)}}, "no 'net' of tensors"),
         ({"net": {}}, "backbone.pos_embed is missing"),
         ({"net": Path("x")}, "could run code"),
     ],
@@ -164,6 +166,30 @@ def test_an_export_without_its_description_is_refused(folder: Path) -> None:
     save_file(load_file(path), path, metadata={"format": recognizers.FORMAT, "model": "{"})
     with pytest.raises(UserError, match="its description is damaged"):
         recognizers.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("charset", None),
+        ("charset", ["x", 3]),
+        ("charset", ["x"]),
+        ("charset", [None, "abc"]),
+        ("charset", ["x", ""]),
+        ("charset", ["x", "abca"]),
+        ("about", []),
+        ("model", None),
+        ("recognizer", 3),
+    ],
+)
+def test_an_export_whose_description_makes_no_sense_is_refused(folder: Path, name: str, value: Any) -> None:
+    path = folder / "export" / recognizers.FILE
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata=metadata | {name: json.dumps(value)})
+    with pytest.raises(UserError, match=name) as refusal:
+        recognizers.read(path)
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_export_that_cannot_be_written_is_refused(trained: Trained, tmp_path: Path) -> None:

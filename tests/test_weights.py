@@ -173,7 +173,8 @@ def cut(content: dict[str, Any]) -> None:
         (rename("student", "segmentation.cls.bias", "segmentation.clss.bias"), r"clss\.bias has no place"),
         (cut, r"blocks\.3\.mlp\.fc2\.weight is 32×5 instead of 32×128"),
         (lambda content: content.pop("teacher"), "no teacher in it"),
-        (lambda content: content["student"].update(number=3), "student: number"),
+        (lambda content: content["student"].update(number=3), "student: 'number'"),
+        (lambda content: content["student"].update({3: torch.zeros(1)}), "student: 3: no tensors with names"),
         (rename("student", "head.last_layer.weight_v", None), "weight_v is missing"),
     ],
 )
@@ -216,6 +217,34 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
             weights.read(path)
         assert str(path) in str(refusal.value)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_told_from_a_checkpoint(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"for torch\.jit\.load; give the run it comes from, or its \.safetensors"):
+        weights.read_tensors(tmp_path / "x.pt")
+
+
+def test_a_broken_pickle_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Cut off or changed anywhere, in an archive that is whole: what can still be read, or one line."""
+    torch.save({"net": {"weight": torch.zeros(2)}}, tmp_path / "whole.pth")
+    broken, refused = tmp_path / "broken.pth", 0
+    with zipfile.ZipFile(tmp_path / "whole.pth") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    pickled = contents["whole/data.pkl"]
+    changed = [pickled[:place] + b"\xc5" + pickled[place + 1 :] for place in range(0, len(pickled), 5)]
+    cut_off = [pickled[:length] for length in range(0, len(pickled), 9)]
+    for content in changed + cut_off:
+        with zipfile.ZipFile(broken, "w") as archive:
+            for name, part in contents.items():
+                archive.writestr(name, content if part is pickled else part)
+        try:
+            weights.read_tensors(broken)
+        except UserError as refusal:
+            refused += 1
+            assert str(refusal).startswith(f"{broken}: ") and "\n" not in str(refusal)
+    assert refused >= len(cut_off)
 
 
 def test_a_damaged_export_is_refused(tmp_path: Path) -> None:
