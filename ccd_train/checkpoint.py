@@ -17,6 +17,7 @@ any moment leaves the ones before as they were.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -72,7 +73,9 @@ class Save:
         contents = {} if self._problem else _snapshot(engine, beside, state)
         self.seconds = time.monotonic() - began
         """What the save took of this rank, so far."""
-        self._thread = threading.Thread(target=self._write, args=(contents,), name="save")
+        whole = self._problem is None
+        self._problem = self._problem or "its writing ended with an error, which is in the log"
+        self._thread = threading.Thread(target=self._write, args=(contents, whole), name="save")
         self._thread.start()
 
     def written(self) -> bool:
@@ -91,13 +94,16 @@ class Save:
             shutil.rmtree(self._temporary, ignore_errors=True)
         return problem
 
-    def _write(self, contents: dict[str, Content]) -> None:
+    def _write(self, contents: dict[str, Content], whole: bool) -> None:
+        """Writes and hashes the files; only at its end there is no problem any more, if they are the `whole`."""
         began = time.monotonic()
         try:
             while contents:
                 name, content = contents.popitem()
-                whole = safetensors.torch.save(content) if isinstance(content, dict) else content
-                self._written[name] = write_file(self._temporary / name, whole)
+                data = safetensors.torch.save(content) if isinstance(content, dict) else content
+                self._written[name] = write_file(self._temporary / name, data)
+            if whole:
+                self._problem = None
         except OSError as error:
             self._problem = str(error)
         self.seconds += time.monotonic() - began
@@ -114,7 +120,7 @@ def newest(run_dir: Path) -> Path | None:
             return candidate  # type: ignore[no-any-return]
         log.warning("checkpoint %s is damaged (%s); taking the one before it", candidate, damage)
         if distributed.rank() == 0:
-            os.replace(candidate, candidate.with_name(candidate.name + ".damaged"))
+            _set_aside(candidate)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -186,16 +192,14 @@ def read_whole(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     for rank, fragments in enumerate(layout if stage else layout[:1]):
         weights, states = _optimizer_of(checkpoint, stage, rank, main)
         for name, start, size, flat, flat_start in fragments:
-            flats = {
-                "fp32": weights(name, flat),
-                "exp_avg": states[flat]["exp_avg"],
-                "exp_avg_sq": states[flat]["exp_avg_sq"],
-            }
+            master = weights(name, flat)
+            state = states.get(flat) or _fresh(master)  # none where no step was applied yet
+            flats = {"fp32": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             length = max(s + n for other in layout for key, s, n, _, _ in other if key == name)
             parts = whole.setdefault(name, {key: torch.empty(length) for key in flats})
             for key, value in flats.items():
                 parts[key][start : start + size] = value.view(-1)[flat_start : flat_start + size]
-            parts["step"] = states[flat]["step"]
+            parts["step"] = state["step"]
     if stage == 3:  # it saves its parameters as empty tensors
         shapes = {name: shape for group in main["param_shapes"] for name, shape in group.items()}
         module |= {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -278,8 +282,18 @@ def _snapshot(
 def _complete(temporary: Path, final: Path, files: dict[str, Digest]) -> None:
     write_file(temporary / COMPLETE, json.dumps(files, indent=2).encode())
     sync_folder(temporary)
+    if final.exists():  # half of one, from a copy by hand, say
+        log.warning("%s was there already, but not complete: it is %s now", final, _set_aside(final).name)
     os.replace(temporary, final)
     replace_file(final.with_name("latest"), f"{final.name}\n".encode())
+
+
+def _set_aside(folder: Path) -> Path:
+    """Gives a folder that is no whole checkpoint a name that nothing else has; returns that."""
+    names = (f"{folder.name}.damaged{f'.{number}' if number > 1 else ''}" for number in itertools.count(1))
+    free = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.replace(folder, free)
+    return free
 
 
 def _on_rank_0(work: Callable[[], None]) -> str | None:
@@ -316,6 +330,11 @@ def _optimizer_of(
     if stage == 3:
         return lambda name, flat: states["fp32_flat_groups"][flat], states["optimizer_state_dict"]["state"]
     return lambda name, flat: states["single_partition_of_fp32_groups"][flat], states["base_optimizer_state"]["state"]
+
+
+def _fresh(master: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step."""
+    return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
 
 def _frozen(checkpoint: Path, ranks: int, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -89,7 +89,8 @@ def initialize(timeout_seconds: float) -> None:
         store = _meet(timeout)
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timeout,
+            # NCCL ends a process without a word when its time is over; a run's own watch should speak before that
+            timeout=timeout + timedelta(minutes=2) if torch.cuda.is_available() else timeout,
             store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
@@ -216,14 +217,14 @@ def gather_objects(value: Any) -> list[Any]:
 @contextmanager
 def together() -> Iterator[None]:
     """A user error of any rank within becomes one on all ranks, so that none waits for one that has refused."""
-    message = None
+    mine = None
     try:
         yield
     except UserError as error:
-        message = str(error)
-    first = next((found for found in gather_objects(message) if found is not None), None)
+        mine = error
+    first: UserError | None = next((found for found in gather_objects(mine) if found is not None), None)
     if first is not None:
-        raise UserError(first)
+        raise first
 
 
 def _free_port() -> int:

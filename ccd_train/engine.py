@@ -145,6 +145,9 @@ def read_deepspeed_file(name: str | None) -> tuple[str, dict[str, Any]]:
             f"--deepspeed {name}: bf16 and fp16 need ZeRO stage 1 or more; set zero_optimization.stage, "
             "or take zero0_autocast_bf16"
         )
+    offloads = {"offload_optimizer", "offload_param"} & set(content.get("zero_optimization", {}))
+    if stage == 3 and offloads:
+        raise UserError(f"--deepspeed {name}: {offloads.pop()} goes with stage 2 only here; take zero2_bf16_offload")
     if content.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
         raise UserError(f"--deepspeed {name}: fp16 needs a GPU; on CPUs take zero1_fp32 or zero1_bf16")
     return name, content
@@ -191,6 +194,8 @@ class Engine:
             )
         if self.stage in (1, 2):
             self._optimizer.check_grad_overflow = True  # DeepSpeed looks in bf16 and fp16 only
+        if hasattr(self._optimizer, "loss_scaler"):
+            self._optimizer.loss_scaler.raise_error_at_min_scale = False  # max_bad_steps ends such a run, in a line
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)
         self._flats = self._find_flats()
         self.fragments = self._find_fragments()
@@ -348,7 +353,8 @@ class Engine:
         groups = self._base.param_groups
         if self.stage == 3:  # its groups are empty between steps
             flats = self._optimizer.fp32_partitioned_groups_flat
-            assert len(flats) == len(groups), "a group larger than zero_optimization.sub_group_size"
+            if len(flats) != len(groups):
+                raise UserError(f"--deepspeed {self.name}: zero_optimization.sub_group_size is too small; leave it out")
             return [(group["part"], flat) for group, flat in zip(groups, flats, strict=True)]
         return [(group["part"], flat) for group in groups for flat in group["params"]]
 
@@ -391,6 +397,8 @@ class Engine:
     def _gradients(self) -> list[tuple[str, Tensor]]:
         """This rank's pieces of the averaged gradients, between backward and step; writing to them counts."""
         pieces: list[tuple[str, Tensor]] = []
+        if self._offload:
+            self._optimizer._wait_for_offload_copies()
         if self.stage == 3:
             for index, group in enumerate(self._optimizer.fp16_groups):
                 gradients = self._optimizer.averaged_gradients[index]
@@ -406,8 +414,13 @@ class Engine:
         return pieces
 
     def _poison(self) -> None:
+        """Has DeepSpeed find a gradient that is not finite, so that it skips the step."""
+        if self._offload:
+            self._optimizer.local_overflow = True  # it looked while it copied the gradients, and asks this only
         for _, piece in self._gradients()[:1]:
             piece.view(-1)[:1] = torch.nan
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # stage 3 looks from another stream
 
 
 def _import_deepspeed(verbose: bool) -> Any:

@@ -20,6 +20,10 @@ class MissingRanksError(UserError):
     """Ranks did not come to the start. A training run ends as unfinished: the next start may find them."""
 
 
+class OccupiedError(UserError):
+    """Another life is going on in the run folder: nothing there is this life's to write."""
+
+
 class TrainingError(Exception):
     """Training cannot go on (non-finite losses, collapse, a rank lost). One line. Ends with exit code 3."""
 

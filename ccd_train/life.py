@@ -25,7 +25,7 @@ import torch
 
 from ccd_train import distributed
 from ccd_train.config import RunConfig, identity
-from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, UserError
+from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, OccupiedError, UserError
 from ccd_train.files import replace_file, write_json
 from ccd_train.options import describe, to_dict
 
@@ -73,7 +73,6 @@ def open_run_dir(config: RunConfig) -> Path:
         if distributed.rank() == 0:
             try:
                 config.run_dir.mkdir(parents=True, exist_ok=True)
-                (config.run_dir / "outcome.json").unlink(missing_ok=True)
                 replace_file(config.run_dir / "config.yaml.new", b"")
                 (config.run_dir / "config.yaml.new").unlink()
             except OSError as error:
@@ -98,7 +97,7 @@ def lock(run_dir: Path, patience: float = LOCK_SECONDS) -> IO[str] | None:
             return file
         except BlockingIOError:
             if time.monotonic() > limit:
-                raise UserError(
+                raise OccupiedError(
                     f"{run_dir} is in use by another process that trains; stop that, or wait for it"
                 ) from None
             time.sleep(0.2)
@@ -147,22 +146,32 @@ def describe_run(run_dir: Path, config: RunConfig, facts: dict[str, str], global
 
 def environment(hosts: list[str]) -> str:
     """Hosts, versions and the commit of the code, as text."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     lines = [
         f"started {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
         f"hosts {', '.join(f'{host} × {hosts.count(host)}' for host in dict.fromkeys(hosts))}",
         f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
         f"python {platform.python_version()} on {platform.platform()}",
-        *(f"{package} {metadata.version(package)}" for package in PACKAGES),
-        f"commit {commit.stdout.strip() or 'unknown'}",
+        *(f"{package} {_version(package)}" for package in PACKAGES),
+        f"commit {_commit()}",
     ]
     return "\n".join(lines) + "\n\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # opencv-python-headless, say: the same under another name
+        return "under another name"
+
+
+def _commit() -> str:
+    """Of the checkout that this code lies in, if it lies in one."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git: usual in containers
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def write_outcome(run_dir: Path | None, code: int, message: str, mine: bool = True) -> None:
@@ -177,4 +186,7 @@ def write_outcome(run_dir: Path | None, code: int, message: str, mine: bool = Tr
         return
     if distributed.rank() == 0 or not mine or code == FAILED:
         values: dict[str, Any] = {"outcome": WORDS[code], "code": code, "message": message, "time": time.time()}
-        write_json(run_dir / "outcome.json", values)
+        try:
+            write_json(run_dir / "outcome.json", values)
+        except OSError as error:  # a full disk; the log is left to say it
+            log.error("%s: %s; the outcome is %s (%d)", run_dir / "outcome.json", error.strerror, WORDS[code], code)

@@ -5,12 +5,15 @@ Weights & Biases is told the same where --log.wandb names a project; nothing els
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ccd_train.errors import UserError
+from ccd_train.files import replace_file
 from ccd_train.health import Alarm
+
+log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
@@ -36,7 +42,8 @@ class Metrics:
         self._alarms = run_dir / "alarms.jsonl"
         for path in (self._path, self._alarms):
             keep_lines(path, first_step)
-        self._file = self._path.open("a", encoding="utf8")
+        self._missed: set[str] = set()
+        """What a full disk has kept from being written, so far."""
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -54,12 +61,12 @@ class Metrics:
 
     def write(self, values: Mapping[str, float]) -> None:
         """One line of metrics, with the time (seconds since 1970); `step` must be among them."""
-        self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in values.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(values["step"]))
+        with self._spared("metrics.jsonl"):
+            append_line(self._path, {**values, "time": round(time.time(), 3)})
+        with self._spared("tensorboard"):
+            for name, value in values.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(values["step"]))
         if self._wandb is not None:
             self._wandb.log(dict(values), step=int(values["step"]))
         self._show(values)
@@ -70,17 +77,20 @@ class Metrics:
         # encoded once, by OpenCV: TensorBoard's own way, through Pillow, takes five times as long
         height, width, _ = image.shape
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
-        folder = self._path.parent / "pictures"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}_{step:08d}.png").write_bytes(png)
+        with self._spared("tensorboard"):
+            self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+        with self._spared("pictures"):
+            folder = self._path.parent / "pictures"
+            folder.mkdir(exist_ok=True)
+            replace_file(folder / f"{name}_{step:08d}.png", png)
 
     def alarm(self, alarm: Alarm) -> None:
         """Into the log, TensorBoard's texts, and RUN/alarms.jsonl, where `ccd-submit status` finds it."""
-        with self._alarms.open("a", encoding="utf8") as file:
-            file.write(json.dumps(asdict(alarm)) + "\n")
-        self._board.add_text("alarm", alarm.message, alarm.step)
-        self._board.flush()
+        with self._spared("alarms.jsonl"):
+            append_line(self._alarms, asdict(alarm))
+        with self._spared("tensorboard"):
+            self._board.add_text("alarm", alarm.message, alarm.step)
+            self._board.flush()
         self.say(f"{'note' if alarm.over else 'ALARM'}: step {alarm.step}: {alarm.message}")
 
     def advance(self) -> None:
@@ -92,10 +102,20 @@ class Metrics:
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
-        self._file.close()
+        with self._spared("tensorboard"):
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """A disk that takes no more costs figures, not the run; said once of each file."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._missed:
+                log.warning("%s: %s; the run goes on without it", self._path.with_name(what), error.strerror)
+            self._missed.add(what)
 
     def _show(self, values: Mapping[str, float]) -> None:
         left = (self._last_step - values["step"]) * values["samples"] / values["step"] / values["samples_per_second"]
@@ -111,6 +131,20 @@ class Metrics:
         if done or time.monotonic() - self._spoke >= QUIET_SECONDS:
             self._spoke = time.monotonic()
             self.say(f"step {values['step']:.0f}/{self._last_step}, {text}")
+
+
+def append_line(path: Path, values: Mapping[str, object]) -> None:
+    """A JSON object as a line that is on disk when this returns; OSError leaves the file as it was."""
+    with path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        line = (json.dumps(values) + "\n").encode()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(file.fileno(), before)
+            raise
 
 
 def duration(seconds: float) -> str:

@@ -196,7 +196,7 @@ def train(run: Run, metrics: Metrics | None) -> bool:
         run.keep(step.stop, step.written)
         if step.stop:
             break
-    return progress.step == run.last_step
+    return progress.step >= run.last_step
 
 
 def fixed_words(run: Run) -> gallery.Words:

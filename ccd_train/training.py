@@ -10,8 +10,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,16 @@ from ccd_train import checkpoint, distributed
 from ccd_train.config import RunConfig
 from ccd_train.data.loader import Batches
 from ccd_train.engine import Engine, read_deepspeed_file
-from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, MissingRanksError, TrainingError, UserError
+from ccd_train.errors import (
+    FAILED,
+    FINISHED,
+    REFUSED,
+    UNFINISHED,
+    MissingRanksError,
+    OccupiedError,
+    TrainingError,
+    UserError,
+)
 from ccd_train.life import Stop, claim, describe_run, lock, open_run_dir, write_outcome
 from ccd_train.metrics import Metrics
 from ccd_train.models.vit import Block, VisionTransformer
@@ -67,6 +77,8 @@ class Home:
         use_threads(config)
         with distributed.together():
             self.lock: IO[str] | None = lock(self.run_dir)
+        if distributed.rank() == 0:
+            (self.run_dir / "outcome.json").unlink(missing_ok=True)  # of the life before
         self.facts: dict[str, str] = {}
         self.global_batch = 0
         """Samples of a step, over all ranks and micro-batches."""
@@ -88,6 +100,8 @@ class Home:
         steps = -(-config.train.total_samples // self.global_batch)
         self.last_step = steps if config.max_steps is None else min(steps, config.max_steps)
         self.found = find(self.run_dir, config)
+        if self.found is not None:
+            self.stop.save_seconds = checkpoint.read_state(self.found).get("save_seconds", 0.0)
         describe_run(self.run_dir, config, facts, self.global_batch)
 
     @property
@@ -139,8 +153,11 @@ class Training:
         samples = [sample for part in distributed.gather_objects(sample_ids.tolist()) for sample in part]
         path = self.run_dir / "bad_steps.jsonl"
         if distributed.rank() == 0:
-            with path.open("a", encoding="utf8") as file:
-                file.write(json.dumps({"step": progress.step, "samples": samples}) + "\n")
+            try:
+                with path.open("a", encoding="utf8") as file:
+                    file.write(json.dumps({"step": progress.step, "samples": samples}) + "\n")
+            except OSError as error:
+                log.warning("%s: %s; the samples are %s", path, error.strerror, samples)
             log.warning("step %d skipped: loss or gradient not finite; its samples are in %s", progress.step, path)
         if progress.bad_steps >= self.home.config.train.max_bad_steps:
             raise TrainingError(
@@ -168,6 +185,7 @@ class Training:
             "world_size": distributed.world_size(),
             "deepspeed": self.engine.description,
             "loss_scale": self.engine.loss_scale,
+            "save_seconds": self.stop.save_seconds,
             "settings": to_dict(self.home.config),
         }
         self.pending = checkpoint.Save(self.run_dir, self.engine, self._beside, description)
@@ -264,14 +282,18 @@ def ended(run: Training, finished: bool) -> tuple[int, str]:
 
 def conclude(run_dir: Path | None, live: Callable[[], tuple[int, str]]) -> int:
     """Lives, then says how it ended, in RUN/outcome.json and in the log. Returns the exit code."""
-    try:
-        code, message = live()
-    except MissingRanksError as error:
-        code, message = UNFINISHED, str(error)
-    except UserError as error:
-        code, message = REFUSED, str(error)
-    except TrainingError as error:
-        code, message = FAILED, str(error)
+    with ExitStack() as ending:
+        ending.push(partial(_note_fault, run_dir))
+        try:
+            code, message = live()
+        except MissingRanksError as error:
+            code, message = UNFINISHED, str(error)
+        except OccupiedError as error:
+            code, message, run_dir = REFUSED, str(error), None  # the outcome there is the other life's
+        except UserError as error:
+            code, message = REFUSED, str(error)
+        except TrainingError as error:
+            code, message = FAILED, str(error)
     write_outcome(run_dir, code, message)
     alone = not distributed.joined()  # nobody else will say it
     if distributed.rank() == 0 or code == FAILED or alone:
@@ -280,6 +302,13 @@ def conclude(run_dir: Path | None, live: Callable[[], tuple[int, str]]) -> int:
         log.log(logging.INFO if well else logging.ERROR, "%s: %s", word, message)
     distributed.finalize()
     return code
+
+
+def _note_fault(run_dir: Path | None, kind: type[BaseException] | None, fault: object, trace: object) -> None:
+    """An error that nobody foresaw goes on to its traceback, but launchers must know that the run has failed."""
+    if kind is not None and issubclass(kind, Exception):
+        first = (str(fault).splitlines() or [""])[0]
+        write_outcome(run_dir, FAILED, f"{kind.__name__}: {first}; its traceback is in the log", mine=False)
 
 
 def use_threads(config: RunConfig) -> None:

@@ -48,8 +48,11 @@ class Watch:
         self._store = dist.distributed_c10d._get_default_store()
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        self._looked = time.monotonic()
         self._sign()
         if distributed.world_size() > 1:
+            # The store may hang when its keeper is gone: who watches the time must not touch it.
+            threading.Thread(target=self._exchange, name="signs", daemon=True).start()
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def at(self, step: int, phase: str) -> None:
@@ -64,23 +67,24 @@ class Watch:
         with self._lock:  # only one of them
             if self._closed.is_set():
                 return
-            self._look()
             time.sleep(SILENCE + 2 * SECONDS)  # what died just now is silent by then
-            self._look()
             message = self._explain()
             log.error("unfinished: %s", message)
             self._on_loss(message)
             logging.shutdown()
             os._exit(UNFINISHED)
 
-    def _watch(self) -> None:
+    def _exchange(self) -> None:
         while not self._closed.wait(SECONDS):
             try:
                 self._sign()
                 self._look()
+                self._looked = time.monotonic()
             except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
-                if not self._closed.is_set():
-                    self._seen.pop(0, None)  # the store is gone, and with it rank 0 or its launcher
+                continue  # the store is gone, which `_explain` sees by the time of the last look
+
+    def _watch(self) -> None:
+        while not self._closed.wait(SECONDS):
             if time.monotonic() - self._moved > self._timeout:
                 self.lost()
 
@@ -98,6 +102,8 @@ class Watch:
 
     def _explain(self) -> str:
         now = time.monotonic()
+        if now - self._looked > SILENCE:
+            return f"no sign of life from {self._name(0)} or its launcher; start the same command again to go on"
         others = set(range(distributed.world_size())) - {distributed.rank()}
         silent = sorted(rank for rank in others if now - self._heard(rank) > SILENCE)
         if silent:

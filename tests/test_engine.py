@@ -19,7 +19,7 @@ from ccd_train.engine import OURS, parameter_groups, read_deepspeed_file
 from ccd_train.errors import TrainingError, UserError
 from ccd_train.models import ccd
 from ccd_train.options import from_dict
-from ccd_train.pretrain import train_step
+from ccd_train.pretrain import losses_of, train_step
 from ccd_train.run import Run, begin
 
 SMALL: dict[str, Any] = {
@@ -217,6 +217,27 @@ def always_poisoned(config: Config) -> str:
             train_step(run, logged=False)
     run.close()
     return str(caught.value)
+
+
+def refused_step(config: Config) -> tuple[bool, bool]:
+    """Whether a step whose loss alone is not finite is applied, and whether it leaves the masters as they were."""
+    run = begin(config)
+    steps(run, 2)
+    before = [fragment.master.clone() for fragment in run.engine.fragments]
+    batch = next(run.batches)
+    losses = losses_of(run, batch, run.rates())
+    run.engine.backward(losses.distillation + losses.segmentation, last=True)
+    applied = run.engine.step(finite=False)
+    same = all(torch.equal(old, f.master) for old, f in zip(before, run.engine.fragments, strict=True))
+    run.close()
+    return applied, same
+
+
+@pytest.mark.parametrize("name", ["stage 1", "zero2_bf16_offload"])
+def test_a_loss_alone_that_is_not_finite_skips_the_step(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    file = stage_file(tmp_path, 1) if name == "stage 1" else name
+    config = replace(small(tiny, tmp_path / "run"), deepspeed=file)
+    assert run_ranks(2, refused_step, config) == [(False, True)] * 2
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from conftest import Tiny
 from test_engine import small
 
 from ccd_train.config import identity
-from ccd_train.errors import UserError
-from ccd_train.life import Stop, claim
+from ccd_train.errors import OccupiedError, UserError
+from ccd_train.life import Stop, claim, environment
 from ccd_train.options import to_dict
+from ccd_train.training import conclude
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -67,3 +68,30 @@ def test_another_corpus_or_batch_is_refused_with_the_difference(tiny: Tiny, tmp_
             claim(tmp_path, config, {"corpus": facts}, batch)
     allowed = replace(config, resume=replace(config.resume, allow_change=True))
     assert claim(tmp_path, allowed, {"corpus": "other"}, 16) == 16
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "commit unknown\n" in environment(["node1"])
+
+
+def ends_with(error: Exception) -> Callable[[], tuple[int, str]]:
+    def live() -> tuple[int, str]:
+        raise error
+
+    return live
+
+
+def test_an_error_that_nobody_foresaw_is_a_failure_for_launchers(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        conclude(tmp_path, ends_with(ZeroDivisionError("by zero")))
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["code"] == 3 and outcome["message"].startswith("ZeroDivisionError: by zero")
+
+
+def test_a_second_life_does_not_write_over_the_outcome_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text("the first one's")
+    assert conclude(tmp_path, ends_with(OccupiedError("in use"))) == 2
+    assert (tmp_path / "outcome.json").read_text() == "the first one's"
+    assert conclude(tmp_path, ends_with(UserError("wrong"))) == 2
+    assert json.loads((tmp_path / "outcome.json").read_text())["message"] == "wrong"

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -303,6 +304,62 @@ def complete(folder: Path) -> None:
     folder.mkdir(parents=True)
     digest = write_file(folder / "state.json", b"{}")
     write_file(folder / checkpoint.COMPLETE, json.dumps({"state.json": digest}).encode())
+
+
+def test_a_step_is_set_aside_as_often_as_it_is_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for _ in range(2):
+        complete(folder / checkpoint.step_name(4))
+        (folder / "step_00000004" / "state.json").write_bytes(b"[]")
+        assert checkpoint.newest(tmp_path) is None
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000004.damaged", "step_00000004.damaged.2"]
+
+
+def saves_in_the_way(config: Config) -> tuple[list[str], list[str | None]]:
+    """Names after saving a step that lies there in half, and the problems of saves whose writing breaks off."""
+    run = begin(config)
+    half = run.run_dir / "checkpoints" / checkpoint.step_name(1)
+    half.mkdir(parents=True)
+    steps(run, 1)
+    run.save()
+    names = sorted(path.name for path in half.parent.iterdir())
+    problems = []
+    for contents in ({"a.pt": b"1"}, {"a.pt": None}):  # None: an error that is not the disk's
+        save = checkpoint.Save.__new__(checkpoint.Save)
+        save._folder, save._temporary, save._written, save.seconds = half.parent, half.parent / "writing_x", {}, 0.0
+        save._temporary.mkdir(exist_ok=True)
+        save._problem, save.step = "not written to its end", 7
+        save._thread = threading.Thread(target=save._write, args=(dict(contents), True))
+        save._thread.start()
+        problems.append(save.finish())
+    run.close()
+    return names, problems
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_half_a_step_is_set_aside_and_a_save_that_breaks_off_is_none(tiny: Tiny, tmp_path: Path) -> None:
+    ((names, problems),) = run_ranks(1, saves_in_the_way, small(tiny, tmp_path / "run"))
+    assert names == ["latest", "step_00000001", "step_00000001.damaged"]
+    assert problems == [None, "rank 0: not written to its end"]
+
+
+def before_the_first_update(config: Config) -> tuple[set[str], bool]:
+    """A checkpoint in which no step was applied, read back as a whole."""
+    run = begin(config)
+    run.save()
+    found = checkpoint.newest(run.run_dir)
+    assert found is not None
+    whole, _ = checkpoint.read_whole(found)
+    run.close()
+    moments = [parts[key] for parts in whole.values() for key in ("exp_avg", "exp_avg_sq")]
+    return set(whole), all(not moment.any() for moment in moments)
+
+
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_checkpoint_from_before_the_first_update_is_read(tiny: Tiny, tmp_path: Path, stage: int) -> None:
+    config = replace(small(tiny, tmp_path / "run"), deepspeed=stage_file(tmp_path, stage))
+    ((names, zero),) = run_ranks(1, before_the_first_update, config)
+    assert "vit.patch_embedding.weight" in names and zero
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Tiny
 from ranks import run_ranks
@@ -18,7 +20,9 @@ from test_engine import small, stage_file, steps
 
 from ccd_train import checkpoint, distributed
 from ccd_train.config import Config
-from ccd_train.errors import TrainingError
+from ccd_train.errors import FAILED, TrainingError
+from ccd_train.life import write_outcome
+from ccd_train.metrics import Metrics
 from ccd_train.pretrain import train
 from ccd_train.run import begin
 
@@ -132,3 +136,29 @@ def test_saves_are_written_behind_the_steps_and_a_vanished_folder_is_made_anew(t
         assert first == ["latest", "step_00000008", "step_00000009"]
         assert after == ["latest", "step_00000010"]
         assert seconds > 0
+
+
+def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"samples": 8.0, "epoch": 0.1, "loss": 1.0, "samples_per_second": 1.0, "data_wait": 0.0}
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("needs a root that may mount")
+    try:
+        metrics = Metrics(tmp_path, 0, 9)
+        metrics.write({"step": 1.0, **values})
+        subprocess.run(["sh", "-c", f"cat /dev/zero > {tmp_path}/filler"], check=False, capture_output=True)
+        for step in (2.0, 3.0):
+            metrics.write({"step": step, **values, **{f"more_{number}": 0.1 for number in range(400)}})
+            metrics.picture("step", picture, int(step))
+        write_outcome(tmp_path, FAILED, "full")
+        (tmp_path / "filler").unlink()
+        metrics.write({"step": 4.0, **values})
+        metrics.close()
+        lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        left = list((tmp_path / "pictures").iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert lines == [1, 4] and left == []
+    for name in ("metrics.jsonl", "pictures"):
+        assert len([text for text in caplog.messages if f"{name}: No space left" in text]) == 1
+    assert "the outcome is failed (3)" in caplog.text

@@ -20,8 +20,18 @@ from test_resume import metrics
 TIMEOUT = 15
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_the_other_rank_names_the_one_that_is_lost(tiny: Tiny, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGKILL, 0),  # which keeps the store, too
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.slow),  # as a power cut: the store answers no more
+    ],
+)
+def test_the_other_rank_names_the_one_that_is_lost(
+    tiny: Tiny, tmp_path: Path, number: signal.Signals, lost: int
+) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(SMALL | {"distributed": {"timeout": TIMEOUT}}))
     run_dir = tmp_path / "run"
@@ -40,15 +50,15 @@ def test_the_other_rank_names_the_one_that_is_lost(tiny: Tiny, tmp_path: Path, n
         while len(metrics(run_dir)) < 3:
             assert time.monotonic() < limit and all(rank.poll() is None for rank in ranks)
             time.sleep(0.05)
-        ranks[1].send_signal(number)
+        ranks[lost].send_signal(number)
         began = time.monotonic()
-        errors = ranks[0].communicate(timeout=TIMEOUT + 60)[1]
+        errors = ranks[1 - lost].communicate(timeout=TIMEOUT + 60)[1]
         assert time.monotonic() - began < TIMEOUT + 20
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert ranks[0].returncode == 75
-    assert "no sign of life from rank 1 on" in errors and socket.gethostname() in errors and "step" in errors
+    assert ranks[1 - lost].returncode == 75
+    assert f"no sign of life from rank {lost} on" in errors and socket.gethostname() in errors and "step" in errors
     outcome = json.loads((run_dir / "outcome.json").read_text())
-    assert outcome["outcome"] == "unfinished" and "rank 1" in outcome["message"]
+    assert outcome["outcome"] == "unfinished" and f"rank {lost}" in outcome["message"]
