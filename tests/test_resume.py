@@ -52,7 +52,7 @@ def command(recipe: Path | str, shards: Path, run_dir: Path, ranks: int, *more: 
 def live(run_dir: Path, arguments: list[str], until: Callable[[], bool] | None = None, number: int = 0) -> int:
     """One life of a run; sends signal `number` to all its processes as soon as `until` holds. Returns the exit code."""
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + 400
     while until is not None and not until():
         assert process.poll() is None and time.monotonic() < limit, process.communicate()[0].decode()
         time.sleep(0.01)
@@ -61,7 +61,7 @@ def live(run_dir: Path, arguments: list[str], until: Callable[[], bool] | None =
         for member in (launcher, *launcher.children(recursive=True)):  # torchrun's workers have sessions of their own
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(number)
-    process.communicate(timeout=200)
+    print(process.communicate(timeout=400)[0].decode())  # pytest shows it where a test fails
     return process.returncode
 
 
