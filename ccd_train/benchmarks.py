@@ -68,22 +68,21 @@ class Words:
     unlabelled: int = 0
     """Records without a label, which are left out."""
     hash: str = ""
-    """sha256 over the images and labels of all records: the same words give the same hash, however they are stored."""
+    """sha256 over the images and labels of all records: the same words give the same hash, however they are stored.
+    What a record has not counts as another thing than what it has empty."""
 
     def __iter__(self) -> Iterator[Word]:
         sha256 = hashlib.sha256()
         with LmdbReader(self.path) as reader:
             self.records, self.unlabelled = len(reader), 0
-            if not reader.has("label"):
-                raise UserError(f"{self.path}: no labels (label-%09d) to compare with; leave it out by --sets")
             for number in range(1, self.records + 1):
-                image, label = reader.image(number) or b"", reader.label(number)
-                for part in (image, (label or "").encode()):
-                    sha256.update(struct.pack("<q", len(part)) + part)
+                image, label = reader.image(number), reader.label(number)
+                for part in (image, None if label is None else label.encode()):
+                    sha256.update(struct.pack("<q", -1 if part is None else len(part)) + (part or b""))
                 if label is None:
                     self.unlabelled += 1
                 else:
-                    yield Word(number, image, label)
+                    yield Word(number, image or b"", label)
         self.hash = sha256.hexdigest()
 
 
@@ -106,6 +105,14 @@ def find_sets(folder: Path, names: Sequence[str] = ()) -> list[Set]:
     order = list(PUBLISHED)
     chosen = sorted(names or found, key=lambda name: (order.index(name) if name in order else len(order), name))
     return [Set(name, found[name]) for name in chosen]
+
+
+def refuse_unlabelled(sets: Sequence[Set]) -> None:
+    """UserError for the first of the sets in which no record has a label."""
+    for one in sets:
+        with LmdbReader(one.path) as reader:
+            if not reader.has("label"):
+                raise UserError(f"{one.path}: no labels (label-%09d) to compare with; leave it out by --sets")
 
 
 def other_size(name: str, words: int) -> str | None:

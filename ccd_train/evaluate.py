@@ -10,6 +10,7 @@ errors.html). An image that cannot be read counts as a wrong word.
 from __future__ import annotations
 
 import heapq
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +19,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from ccd_train import mistakes
-from ccd_train.benchmarks import GROUPS, PUBLISHED, Set, Word, Words, find_sets, other_size
+from ccd_train import mistakes, recognizers
+from ccd_train.benchmarks import GROUPS, PUBLISHED, Set, Word, Words, find_sets, other_size, refuse_unlabelled
 from ccd_train.config import require
 from ccd_train.errors import FINISHED, UserError
-from ccd_train.files import digest, write_json
+from ccd_train.files import digest, replace_file, write_json
 from ccd_train.mistakes import Mistake
 from ccd_train.options import parse
 from ccd_train.reading import Reader, Reading, Source
@@ -132,7 +133,7 @@ def averages(results: Sequence[Result]) -> list[Average]:
     return [_average(name, [by_name[member] for member in sets]) for name, sets in groups.items()]
 
 
-def table(trained: Trained, rule: str, results: Sequence[Result]) -> str:
+def table(trained: Trained, sha256: str, rule: str, results: Sequence[Result]) -> str:
     """Everything that makes the figures comparable, as Markdown."""
     lines = [
         "| set | words | published | accuracy | 1 − NED | unreadable | without label | sha256 |",
@@ -154,7 +155,7 @@ def table(trained: Trained, rule: str, results: Sequence[Result]) -> str:
             f"| {average.name} | {average.words:,} | {average.accuracy:.2%} | {average.accuracy_by_words:.2%} "
             f"| {average.similarity:.4f} | {average.similarity_by_words:.4f} | {' '.join(average.sets)} |"
         )
-    lines += ["", f"- weights: {trained.origin} (sha256 {digest(Path(trained.origin)).sha256[:12]})"]
+    lines += ["", f"- weights: {trained.origin} (sha256 {sha256[:12]})"]
     lines += [f"- charset: {_charset(trained)}", f"- rule `{rule}`: {MEANING[rule]}"]
     lines += [f"- warning: {warning}" for warning in warnings(results, rule)]
     return "\n".join(lines) + "\n"
@@ -175,11 +176,11 @@ def warnings(results: Sequence[Result], rule: str) -> list[str]:
     return found
 
 
-def record(trained: Trained, rule: str, results: Sequence[Result]) -> dict[str, Any]:
+def record(trained: Trained, sha256: str, rule: str, results: Sequence[Result]) -> dict[str, Any]:
     """The same as plain values."""
     return {
         "weights": trained.origin,
-        "weights_sha256": digest(Path(trained.origin)).sha256,
+        "weights_sha256": sha256,
         "about": trained.about,
         "charset": {"name": trained.charset.name, "characters": trained.charset.characters},
         "rule": rule,
@@ -189,28 +190,51 @@ def record(trained: Trained, rule: str, results: Sequence[Result]) -> dict[str, 
     }
 
 
+def open_known(options: Options) -> tuple[Trained, Reader, str]:
+    """The recogniser, ready to read, and the sha256 of the very file that it came from.
+
+    A fine-tuning that goes on replaces its best one at any time. UserError where that happened while it was read.
+    """
+    assert options.weights is not None
+    path = recognizers.find(options.weights)
+    try:
+        before = digest(path)
+        trained = options.open()
+        reader = Reader(trained)
+        after = digest(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --weights") from None
+    if before != after:
+        raise UserError(f"{path}: was replaced while it was read; give the same command again, or a copy of it")
+    return trained, reader, before.sha256
+
+
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "ccd-train evaluate")
     options.check()
     assert options.data is not None
     chosen = find_sets(options.data, options.sets)
-    trained = options.open()
-    reader = Reader(trained)
+    refuse_unlabelled(chosen)
+    trained, reader, sha256 = open_known(options)
+    folder = options.folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # not only after an hour of reading
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     results, errors = [], []
     for one in chosen:
         result, worst = evaluate(reader, one, options.rule, options.batch_size, options.errors)
         results.append(result)
         errors.append((one, result, worst))
-    text = table(trained, options.rule, results)
-    folder = options.folder()
+    text = table(trained, sha256, options.rule, results)
+    print(text, flush=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(text, encoding="utf8")
-        write_json(folder / "table.json", record(trained, options.rule, results))
+        replace_file(folder / "table.md", text.encode())
+        write_json(folder / "table.json", record(trained, sha256, options.rule, results))
         mistakes.write_page(folder / "errors.html", f"Errors of {trained.origin}, rule {options.rule}", errors)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from None
-    print(text)
+        raise _unwritable(folder, error) from None
     print(f"{folder}: table.md, table.json, errors.html")
     return FINISHED
 
@@ -218,6 +242,10 @@ def main(argv: list[str]) -> int:
 def _batches(words: Iterator[Word], size: int) -> Iterator[list[Word]]:
     while batch := list(islice(words, size)):
         yield batch
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error}); choose another --out")
 
 
 def _average(name: str, results: Sequence[Result]) -> Average:

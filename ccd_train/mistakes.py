@@ -13,6 +13,7 @@ import cv2
 from ccd_train.benchmarks import Set
 from ccd_train.data.masks import UndecodableImage, decode_rgb
 from ccd_train.data.records import LmdbReader
+from ccd_train.files import replace_file
 
 HEIGHT, WIDTH = 64, 320  # pixels that a picture takes at most
 STYLE = """
@@ -59,7 +60,7 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[Set, Counts, Sequenc
         parts.append("<ol>\n" + "\n".join(items) + "\n</ol>")
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    path.write_text(page, encoding="utf-8")
+    replace_file(path, page.encode())
 
 
 def _item(mistake: Mistake, data: bytes) -> str:

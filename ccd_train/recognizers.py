@@ -39,6 +39,7 @@ from ccd_train.weights import (
 FILE = "recognizer.safetensors"
 FORMAT = "ccd_train recognizer 1"
 PLACES = (FILE, f"export/{FILE}")  # in an export and in a run folder
+_FINE_TUNE = "of a pretraining make one with ccd-train finetune --init EXPORT_OR_RUN"
 
 # Ours → official, for all that is not the backbone.
 OFFICIAL_NAMES = (
@@ -113,13 +114,27 @@ def read(
     """
     if path.suffix in (".pth", ".pt"):
         return read_official(path, charset, heads, decoder_heads, length)
-    trained = read_export(_find(path))
+    trained = read_export(find(path))
     if charset is not None and charset.characters != trained.charset.characters:
         raise UserError(
             f"{trained.origin}: reads {_named(trained.charset)}, not {_named(charset)}; leave out --charset, or "
             "fine-tune with the other one"
         )
     return trained
+
+
+def find(path: Path) -> Path:
+    """The file that `read` reads: of an export, of its folder or of a run folder. UserError where there is none."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a fine-tuning run, an export of one or an official .pth")
+    if path.is_file():
+        return path
+    found = next((path / place for place in PLACES if (path / place).is_file()), None)
+    if found is not None:
+        return found
+    raise UserError(
+        f"{path}: no recogniser here ({FILE}): a fine-tuning has one from its first validation on; {_FINE_TUNE}"
+    )
 
 
 def is_recognizer(path: Path) -> bool:
@@ -185,23 +200,6 @@ def read_official(
             f"{path}: {classes} classes, but {_named(charset)} has {charset.classes}; give another --charset"
         )
     return Trained(model, sizes, charset, _from_official(official, model, sizes, charset, path), {}, str(path))
-
-
-_FINE_TUNE = "of a pretraining make one with ccd-train finetune --init EXPORT_OR_RUN"
-
-
-def _find(path: Path) -> Path:
-    """The file of an export, of its folder or of a run folder."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a fine-tuning run, an export of one or an official .pth")
-    if path.is_file():
-        return path
-    found = next((path / place for place in PLACES if (path / place).is_file()), None)
-    if found is not None:
-        return found
-    raise UserError(
-        f"{path}: no recogniser here ({FILE}): a fine-tuning has one from its first validation on; {_FINE_TUNE}"
-    )
 
 
 def _values(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

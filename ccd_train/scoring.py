@@ -1,6 +1,6 @@
 """When a word counts as read: named rules, word accuracy and edit distance.
 
-A rule says what of label and text is compared. An unknown character is kept by every rule, so that it is never right.
+A rule says what of label and text is compared. An unknown character is kept by every rule, and never right.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Score:
 
 
 def same(text: str, label: str, rule: str) -> bool:
-    """Whether the text is the label under a rule of RULES."""
-    return RULES[rule](text) == RULES[rule](label)
+    """Whether the text is the label under a rule of RULES; never with an unknown character, whatever the label."""
+    return UNKNOWN not in text and RULES[rule](text) == RULES[rule](label)
 
 
 def similarity(text: str, label: str, rule: str) -> float:

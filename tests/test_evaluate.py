@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import crops
 import pytest
 import words
 from conftest import Tiny
@@ -16,6 +18,7 @@ from ccd_train.benchmarks import GROUPS, PUBLISHED, Words, find_sets, other_size
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
 from ccd_train.evaluate import Result
+from ccd_train.recognizers import FILE, Trained
 from ccd_train.scoring import RULES, same, score, similarity
 
 CODE = "<script>alert('é')</script>"
@@ -136,6 +139,7 @@ def test_a_hash_is_of_the_words_and_not_of_the_file(images: list[bytes], tmp_pat
     assert hashed("with masks", ["a", "b", None], b"mask") == first
     assert hashed("another label", ["a", "c", None]) != first
     assert hashed("shifted", ["a", None, "b"]) != first
+    assert hashed("an empty label", ["a", "b", ""]) != first
 
 
 def test_sets_are_found_by_their_names(images: list[bytes], tmp_path: Path) -> None:
@@ -204,6 +208,7 @@ def test_the_weighted_average_is_the_published_one() -> None:
         ("a b", "ab", {"lower_alnum", "case"}),
         ("中文", "中文。", {"lower_alnum", "case"}),
         ("caf\ufffd", "caf", set()),
+        ("caf\ufffd", "caf\ufffd", set()),
         ("caf", "café", {"lower_alnum", "case"}),
         ("x", "x", {"lower_alnum", "case", "all"}),
     ],
@@ -250,6 +255,54 @@ def test_a_set_without_labels_is_refused(export: Path, images: list[bytes], tmp_
     with pytest.raises(UserError, match=r"SVT: no labels .* leave it out by --sets"):
         evaluate.main(["--weights", str(export), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_sets_and_place_are_looked_at_before_anything_is_read(images: list[bytes], tmp_path: Path) -> None:
+    """The label of SVT would be refused as soon as it is read."""
+    with LmdbWriter(tmp_path / "data" / "SVT") as writer:
+        writer.add(images[0], "a")
+    crops.change(tmp_path / "data" / "SVT", {"label-000000001": b"\xff"})
+    with LmdbWriter(tmp_path / "data" / "Zoo") as writer:
+        writer.add(images[0])
+    with pytest.raises(UserError, match="Zoo: no labels"):
+        evaluate.main(["--weights", str(tmp_path), "--data", str(tmp_path / "data")])
+    words.write(tmp_path / "export")
+    (tmp_path / "file").touch()
+    options = ["--weights", str(tmp_path / "export"), "--data", str(tmp_path / "data"), "--sets", "SVT"]
+    with pytest.raises(UserError, match="file: cannot be written"):
+        evaluate.main([*options, "--out", str(tmp_path / "file")])
+    with pytest.raises(UserError, match="not UTF-8"):
+        evaluate.main([*options, "--out", str(tmp_path / "out")])
+
+
+def test_what_was_read_is_printed_even_if_it_cannot_be_kept(
+    export: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "table.md" / "in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate.main(["--weights", str(export), "--data", str(data), "--out", str(tmp_path / "out")])
+    assert "| SVT | 5 |" in capsys.readouterr().out
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    class Racing(evaluate.Options):
+        def open(self) -> Trained:
+            trained = super().open()
+            words.write(tmp_path, words.small(seed=4))
+            return trained
+
+    words.write(tmp_path)
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        evaluate.open_known(Racing(weights=tmp_path))
+    _, _, sha256 = evaluate.open_known(evaluate.Options(weights=tmp_path))
+    assert sha256 == hashlib.sha256((tmp_path / FILE).read_bytes()).hexdigest()
+
+
+def test_table_and_record_bear_the_hash_of_what_was_read() -> None:
+    """Whatever lies at the weights' place by then."""
+    trained, results = words.small(), [Result("SVT", 2, 1, 0.5, 0, 0, 0, 0, "")]
+    assert "memory (sha256 0123456789ab)" in evaluate.table(trained, "0123456789abcdef", "case", results)
+    assert evaluate.record(trained, "0123456789abcdef", "case", results)["weights_sha256"] == "0123456789abcdef"
 
 
 @pytest.mark.parametrize(
