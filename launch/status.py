@@ -13,11 +13,13 @@ from ccd_train.errors import UserError
 from ccd_train.finetuning import FineTuning
 from ccd_train.options import read_recipe
 from launch import slurm
-from launch.lives import newest_step, read_lives
+from launch.lives import begins, newest_step, read_lives
 from launch.outcome import read_outcome
 
 KINDS: dict[type[RunConfig], str] = {FineTuning: "^recognizer:", Config: "^distillation:"}
 """A section of config.yaml that only this kind of run has."""
+
+UNKNOWN = "no longer known to SLURM"
 
 
 def describe(run_dir: Path) -> str:
@@ -26,16 +28,20 @@ def describe(run_dir: Path) -> str:
         raise UserError(f"{run_dir}: no such folder; give the --run_dir of a run")
     lives, metrics, outcome = read_lives(run_dir), _last_metrics(run_dir), read_outcome(run_dir)
     rows: list[tuple[str, str]] = []
-    begun = [life for life in lives if life["event"] == "begin"]
+    begun = begins(lives)
+    jobs = [str(life["job"]) for life in begun]
     if begun:
-        job = str(begun[-1]["job"])
-        rows.append(("job", f"{job}, {slurm.state(job) or 'no longer known to SLURM'}"))
+        rows.append(("job", f"{jobs[-1]}, {slurm.state(jobs[-1]) or UNKNOWN}"))
         rows.append(
             (
                 "lives",
                 f"{len(begun)}, the last one (requeue {begun[-1]['requeues']}) from step {begun[-1]['step']}",
             )
         )
+    for job in (str(life["job"]) for life in lives if life["event"] == "submit" and str(life["job"]) not in jobs):
+        state = slurm.state(job)
+        if state or not begun:
+            rows.append(("submitted", f"job {job}, {state or UNKNOWN}"))
     if metrics is not None:
         rows += _progress(run_dir, metrics)
     rows += _alarms(run_dir)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ccd_train.errors import FINISHED, run
 from launch.jobs import PASSED_ON, sharding, training
+from launch.lives import note
 from launch.status import describe
 
 
@@ -28,9 +29,11 @@ def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
     if arguments.dry_run:
         print(job.text, end="")
         return FINISHED
-    numbers = [job.submit()]
-    while len(numbers) < arguments.chain:
-        numbers.append(job.submit(f"--dependency=afterany:{numbers[-1]}", "--kill-on-invalid-dep=yes"))
+    numbers: list[str] = []
+    for _ in range(max(arguments.chain, 1)):
+        after = [f"--dependency=afterany:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        numbers.append(job.submit(*after))
+        note(job.folder, "submit", job=numbers[-1], requeues=0)
     folder = shlex.quote(str(job.folder))
     print(
         f"submitted job {', then '.join(numbers)}\n"

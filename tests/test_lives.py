@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.lives import main, read_lives
+from launch.lives import main, note, read_lives
 
 
 class Run:
@@ -94,7 +94,22 @@ def test_a_chain_stops_where_two_jobs_made_no_progress(one: Run) -> None:
 def test_a_torn_line_is_left_out(one: Run) -> None:
     one.call("begin")
     with (one.folder / "lives.jsonl").open("a") as file:
-        file.write('{"event": "end", "jo\n')
+        file.write('{"event": "end", "jo')
     one.outcome(0)
     assert one.call("end") == 0
     assert [life["event"] for life in read_lives(one.folder)] == ["begin", "end"]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_the_end_of_a_life_is_compared_with_its_own_beginning(one: Run, torn: bool) -> None:
+    one.call("begin", job=6)
+    one.outcome(75)
+    one.call("begin", job=7)
+    if torn:  # and with it the beginning of this life
+        path = one.folder / "lives.jsonl"
+        path.write_text(path.read_text()[:-20])
+        one.outcome(0)
+    note(one.folder, "submit", job="9", requeues=0)
+    one.reach(5)
+    assert one.call("end", job=7) == (0 if torn else 75)
+    assert one.call("begin", job=8, after="afterany:7") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ccd_train.finetuning import FineTuning
 from ccd_train.options import describe as describe_settings
 from ccd_train.options import read_recipe
 from launch.jobs import extra_options
+from launch.lives import note
 from launch.preflight import check_space, parameters_of
 from launch.script import array, directive
 from launch.status import describe
@@ -161,3 +163,32 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     assert "step          40" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         describe(tmp_path / "nothing")
+
+
+SBATCH = """#!/bin/bash
+case " $* " in *" --test-only "*) exit ;; esac
+number=$(($(cat "$COUNT" 2>/dev/null || echo 100) + 1))
+echo $number > "$COUNT"
+echo $number
+"""
+
+
+def test_a_job_is_known_before_it_begins(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM's two programs, as far as they are needed here; the real ones are in test_slurm.py."""
+    for name, text in (("sbatch", SBATCH), ("squeue", '#!/bin/bash\necho "PENDING (${3#--jobs=})"\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+    run_dir = tmp_path / "run"
+    assert submit(*pretrain_words(run_dir, "--chain", "2"), "--", *run_on(tiny)) == 0
+    assert "submitted job 101, then 102" in capsys.readouterr().out
+    assert [line.split() for line in describe(run_dir).splitlines()[:2]] == [
+        ["submitted", "job", "101,", "PENDING", "(101)"],
+        ["submitted", "job", "102,", "PENDING", "(102)"],
+    ]
+    note(run_dir, "begin", job="101", requeues=0, step=0, first="101", outcome=None)
+    rows = [line.split()[:3] for line in describe(run_dir).splitlines()[:3]]
+    assert rows == [["job", "101,", "PENDING"], ["lives", "1,", "the"], ["submitted", "job", "102,"]]
