@@ -118,7 +118,8 @@ class Charset:
 def read_charset(name: str) -> Charset:
     """A charset by its name (36, 62, DICT90) or out of a UTF-8 text file. Raises UserError.
 
-    The file holds one character a line, or `number<TAB>character` with numbers that count from 0.
+    The file holds one character a line, or `number<TAB>character` with numbers that count from 0, or one line with all
+    the characters.
     """
     if name in NAMED:
         return Charset(NAMED[name], name)
@@ -143,11 +144,14 @@ def _characters(lines: Sequence[str], path: Path) -> str:
         if numbers != list(range(len(lines))):
             raise UserError(f"{path}: its numbers must count 0, 1, 2, …, but they go {numbers[:5]}…")
         characters = "".join(match[2] for match in numbered if match)
+    elif len(lines) == 1 and "\t" not in lines[0]:
+        characters = lines[0]
     else:
         wrong = next((number for number, line in enumerate(lines, start=1) if len(line) != 1), None)
         if wrong is not None:
             raise UserError(
-                f"{path}: line {wrong} is {lines[wrong - 1]!r}; write one character a line, or number<TAB>character"
+                f"{path}: line {wrong} is {lines[wrong - 1]!r}; write one character a line, number<TAB>character, or "
+                "all characters on a single line"
             )
         characters = "".join(lines)
     if not characters:

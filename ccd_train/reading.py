@@ -27,7 +27,8 @@ class Source:
     weights: Path | None = None
     """A fine-tuning run, an export of one, or an official .pth."""
     charset: str | None = None
-    """The characters of an official .pth that is none of the named charsets: 36, 62, DICT90 or a text file."""
+    """The characters of an official .pth that is none of the named charsets: 36, 62, DICT90 or a text file
+    (one character a line, or all on a single line)."""
     heads: int | None = None
     """Attention heads of an official .pth whose backbone is not 64 wide per head."""
     decoder_heads: int | None = None

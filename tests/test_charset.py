@@ -17,7 +17,8 @@ DICT90 = read_charset("DICT90")
 def test_the_named_charsets_are_the_official_ones() -> None:
     assert {name: len(set(characters)) for name, characters in NAMED.items()} == {"36": 36, "62": 62, "DICT90": 90}
     assert (DICT90.classes, DICT90.unknown, DICT90.end, DICT90.padding) == (92, 90, 91, 92)
-    assert NAMED["62"].startswith(NAMED["36"])
+    assert NAMED["36"] == "abcdefghijklmnopqrstuvwxyz1234567890"
+    assert NAMED["62"] == "abcdefghijklmnopqrstuvwxyz1234567890ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert set(map(chr, range(33, 127))) - set(NAMED["DICT90"]) == set("^{|}")
 
 
@@ -54,8 +55,8 @@ def test_labels_that_do_not_fit_are_counted() -> None:
     assert tally.describe() == "6 labels: 1 empty, 1 too long, 2 with unknown characters ('é'×2 ' '×1)"
 
 
-@pytest.mark.parametrize("text", ["0\ta\n1\tb\n2\t1\n", "a\nb\n1", "\ufeffa\r\nb\r\n\r\n1\r\n"])
-def test_a_file_is_read_in_either_form(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["0\ta\n1\tb\n2\t1\n", "a\nb\n1", "\ufeffa\r\nb\r\n\r\n1\r\n", "ab1", "ab1\r\n"])
+def test_a_file_is_read_in_any_form(tmp_path: Path, text: str) -> None:
     path = tmp_path / "charset.txt"
     path.write_bytes(text.encode())
     assert read_charset(str(path)) == Charset("ab1", "charset.txt")
@@ -73,6 +74,8 @@ def test_any_script_and_the_space_have_a_place(tmp_path: Path) -> None:
         (b"", "no characters"),
         (b"ab\nc\n", "line 1 is 'ab'"),
         (b"a\nb\na\n", "'a' more than once"),
+        (b"aba\n", "'a' more than once"),
+        (b"1\tab\n", "line 1 is .* or all characters on a single line"),
         (b"1\ta\n2\tb\n", "must count 0, 1, 2"),
         (b"\xff\xfe", "not UTF-8"),
     ],
