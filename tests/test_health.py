@@ -73,7 +73,8 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     for name in changes:
         config = from_dict(Config, settings(changes[name]), name)
         configs.append(replace(config, run_dir=folder / name, data=replace(config.data, shards=(tiny.shards,))))
-    run_ranks(1, live, configs)
+    for config in configs:  # each has its own patience
+        run_ranks(1, live, [config])
     return {name: folder / name for name in changes}
 
 
