@@ -85,11 +85,12 @@ def main(argv: list[str]) -> int:
 def _export_recognizer(options: Export) -> int:
     trained = options.open()
     assert options.weights is not None
-    out = options.out or options.weights / "export"
+    out, note = options.out or options.weights / "export", ""
     if options.format == "backbone":
         weights.write_backbone(out, trained.state, trained.model)
     elif options.format == "onnx":
-        portable.write_onnx(out, trained)
+        checked = portable.write_onnx(out, trained)
+        note = "; reads as the live model" if checked else "; NOT checked against the live model: no onnxruntime here"
     elif options.format == "torchscript":
         portable.write_torchscript(out, trained)
     elif out.suffix in (".pth", ".pt"):
@@ -97,5 +98,5 @@ def _export_recognizer(options: Export) -> int:
     else:
         out = out if out.suffix == ".safetensors" else out / recognizers.FILE
         recognizers.write(out, trained)
-    print(f"{out}: the recogniser of {trained.origin}, {len(trained.charset.characters)} characters")
+    print(f"{out}: the recogniser of {trained.origin}, {len(trained.charset.characters)} characters{note}")
     return FINISHED

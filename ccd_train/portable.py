@@ -27,10 +27,13 @@ from ccd_train.decoding import decode
 from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.recognizers import Trained
+from ccd_train.weights import write_whole
 
 DESCRIPTION = "description.json"
 OUTPUTS = ["tokens", "confidences"]
 EXAMPLES = 2  # images to trace with; of a batch of 1 exporters make a constant
+CHECKED = 3  # random images that an ONNX model must read as the live one does
+TOLERANCE = 1e-3  # of their confidences; the tokens must be the same
 
 
 class Whole(nn.Module):
@@ -72,11 +75,15 @@ def write_torchscript(path: Path, trained: Trained) -> None:
         traced = torch.jit.trace(Whole(trained.network()), _examples(), check_trace=False)
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer, {DESCRIPTION: json.dumps(describe(trained))})
-    _write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
-def write_onnx(path: Path, trained: Trained) -> None:
-    """Takes minutes for the official sizes. Raises UserError, also where the libraries for it are not installed."""
+def write_onnx(path: Path, trained: Trained) -> bool:
+    """Takes minutes for the official sizes. Returns whether the model was checked, for which onnxruntime is needed.
+
+    Raises UserError where the libraries to make it are not installed, where it reads otherwise than the live model, and
+    where it cannot be written.
+    """
     try:
         import onnx
         import onnxscript  # noqa: F401 (torch's exporter needs it)
@@ -98,16 +105,31 @@ def write_onnx(path: Path, trained: Trained) -> None:
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in describe(trained).items()})
-    _write(path, model.SerializeToString())
+    return publish_onnx(path, model.SerializeToString(), trained)
+
+
+def publish_onnx(path: Path, content: bytes, trained: Trained) -> bool:
+    """Writes a model that reads as the live one does; returns whether that could be checked. Raises UserError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        write_whole(path, content)
+        return False
+    images = torch.randint(
+        256, (CHECKED, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    tokens, confidences = map(torch.from_numpy, session.run(OUTPUTS, {"images": images.numpy()}))
+    with torch.no_grad():
+        live_tokens, live_confidences = Whole(trained.network())(images)
+    if not (torch.equal(tokens, live_tokens) and torch.allclose(confidences, live_confidences, atol=TOLERANCE)):
+        raise UserError(
+            f"{path}: not written, because onnxruntime {onnxruntime.__version__} reads it otherwise than torch reads "
+            f"{trained.origin}; try other versions of torch and onnxruntime, or --format torchscript"
+        )
+    write_whole(path, content)
+    return True
 
 
 def _examples() -> Tensor:
     return torch.zeros(EXAMPLES, HEIGHT, WIDTH, 3, dtype=torch.uint8)
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None

@@ -21,7 +21,6 @@ from torch import Tensor
 from ccd_train import config
 from ccd_train.charset import NAMED, Charset, read_charset
 from ccd_train.errors import UserError
-from ccd_train.files import replace_file
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.options import from_dict, to_dict
 from ccd_train.weights import (
@@ -34,6 +33,7 @@ from ccd_train.weights import (
     read_tensors,
     refuse_misfits,
     resize_embedding,
+    write_whole,
 )
 
 FILE = "recognizer.safetensors"
@@ -92,11 +92,7 @@ def write(path: Path, trained: Trained) -> None:
         "charset": json.dumps([trained.charset.name, trained.charset.characters]),
         "about": json.dumps(trained.about),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save({name: tensor.contiguous() for name, tensor in trained.state.items()}, metadata))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None
+    write_whole(path, save({name: tensor.contiguous() for name, tensor in trained.state.items()}, metadata))
 
 
 def read(

@@ -12,6 +12,7 @@ whose resize comes closest, because the resize maps onto a space half as large.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from ccd_train.config import Model
 from ccd_train.errors import UserError
+from ccd_train.files import replace_file, write_json
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.models.vit import GRID, VisionTransformer
 from ccd_train.options import from_dict, to_dict
@@ -123,8 +125,8 @@ def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
         for name in NETWORKS:
             state = {key: tensor.contiguous() for key, tensor in getattr(weights, name).items()}
             # not save_file, whose files only their owner may read
-            (folder / f"{name}.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
-        (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf8")
+            replace_file(folder / f"{name}.safetensors", save(state, metadata={"format": "pt"}))
+        write_json(folder / CONFIG, description)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from None
 
@@ -204,11 +206,9 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
             f"{weights.origin}: no 16×16 position embedding gives its 8×32 one; the closest is off by {residual:.2%} "
             f"of its length (at most {LARGEST_RESIDUAL:.1%} passes); --lossy writes it nevertheless"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); choose another --out") from None
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_whole(path, buffer.getvalue())
     return residual
 
 
@@ -217,11 +217,7 @@ def write_backbone(path: Path, state: State, model: Model) -> None:
     names = {name: BACKBONE_PREFIX.sub("", official_name(name)) for name in state if name.startswith("vit.")}
     tensors = {official: state[name].contiguous() for name, official in names.items() if "norm_seg" not in official}
     sizes = {name: str(getattr(model, name)) for name in BACKBONE_SIZES}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(save(tensors, metadata={"format": "pt", **sizes}))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None
+    write_whole(path, save(tensors, metadata={"format": "pt", **sizes}))
 
 
 def read_backbone(path: str | Path) -> VisionTransformer:
@@ -241,6 +237,15 @@ def read_backbone(path: str | Path) -> VisionTransformer:
     refuse_misfits(wanted, official, str(path))
     vit.load_state_dict({name: official[names[name]] for name in names})
     return vit.eval()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all, and the folders above it. UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None
 
 
 def official_name(name: str) -> str:

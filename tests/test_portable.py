@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -47,8 +49,10 @@ def live(folder: Path, crops: np.ndarray) -> Words:
 
 @pytest.fixture(scope="module")
 def onnx_file(folder: Path) -> Path:
-    path = folder / "recognizer.onnx"
-    assert export.main(["--weights", str(folder), "--format", "onnx", "--out", str(path)]) == 0
+    path, said = folder / "recognizer.onnx", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert export.main(["--weights", str(folder), "--format", "onnx", "--out", str(path)]) == 0
+    assert said.getvalue().endswith("62 characters; reads as the live model\n")
     return path
 
 
@@ -120,6 +124,47 @@ def test_an_onnx_model_describes_itself(onnx_file: Path, live: Words, tiny: Tiny
     assert [(one.name, one.type) for one in session.get_inputs()] == [("images", "tensor(uint8)")]
     assert [one.name for one in session.get_outputs()] == portable.OUTPUTS
     assert spelt(live.tokens, description) == words.texts(words.small(), words.images(tiny.lmdb, 5))
+
+
+@needs_onnx
+def test_an_onnx_model_that_reads_otherwise_is_not_left(onnx_file: Path, tmp_path: Path) -> None:
+    content = onnx_file.read_bytes()
+    with pytest.raises(UserError, match=r"x.onnx: not written, because onnxruntime .* reads it otherwise"):
+        portable.publish_onnx(tmp_path / "x.onnx", content, words.small(seed=4))
+    assert list(tmp_path.iterdir()) == []
+    assert portable.publish_onnx(tmp_path / "x.onnx", content, words.small())
+    assert (tmp_path / "x.onnx").read_bytes() == content
+
+
+def test_without_onnxruntime_a_model_is_written_unchecked(tmp_path: Path) -> None:
+    program = (
+        "import sys, words; sys.modules['onnxruntime'] = None\n"
+        "from pathlib import Path; from ccd_train import portable\n"
+        "assert portable.publish_onnx(Path(sys.argv[1]), b'model', words.small()) is False"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "x.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.onnx").read_bytes() == b"model"
+
+
+@pytest.mark.parametrize("form", ["weights", "torchscript", "backbone"])
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(folder: Path, tmp_path: Path, form: str) -> None:
+    """The disk is full: no process may write more than 1 KiB into a file."""
+    path = tmp_path / "x.safetensors"
+    path.write_text("old")
+    program = (
+        "import resource, signal, sys; from ccd_train import export\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from ccd_train.errors import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "run(lambda: export.main(sys.argv[1:]))"
+    )
+    options = ["--weights", str(folder), "--format", form, "--out", str(path)]
+    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 def test_without_the_packages_a_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
