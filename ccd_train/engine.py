@@ -117,13 +117,15 @@ def read_file(path: Path, map_location: Any = None, mmap: bool = False) -> Any:
         ) from None
 
 
-def read_deepspeed_file(name: str | None) -> tuple[str, dict[str, Any]]:
+def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str, dict[str, Any]]:
     """The name and the content of a file of ds_configs/ (by name) or of the user's (by path).
 
-    Raises UserError where there is no such file, where it is no JSON, or where it sets what our configuration owns.
+    `gpus`: whether the run has any; by default, whether this machine has. Raises UserError where there is no such file,
+    where it is no JSON, or where it sets what our configuration owns.
     """
+    gpus = torch.cuda.is_available() if gpus is None else gpus
     if name is None:
-        name = "zero1_bf16" if torch.cuda.is_available() else "zero1_fp32"
+        name = "zero1_bf16" if gpus else "zero1_fp32"
     folder = resources.files("ds_configs")
     known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
     try:
@@ -148,7 +150,7 @@ def read_deepspeed_file(name: str | None) -> tuple[str, dict[str, Any]]:
     offloads = {"offload_optimizer", "offload_param"} & set(content.get("zero_optimization", {}))
     if stage == 3 and offloads:
         raise UserError(f"--deepspeed {name}: {offloads.pop()} goes with stage 2 only here; take zero2_bf16_offload")
-    if content.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
+    if content.get("fp16", {}).get("enabled") and not gpus:
         raise UserError(f"--deepspeed {name}: fp16 needs a GPU; on CPUs take zero1_fp32 or zero1_bf16")
     return name, content
 

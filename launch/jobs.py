@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -42,7 +43,7 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
     settings = [*settings, "--run_dir", str(run_dir)]
     config = parse(SETTINGS[arguments.trains], settings, f"ccd-train {arguments.trains}")
     processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_training(config, arguments.nodes * processes)
+    check_training(config, arguments.nodes * processes, gpus=bool(arguments.gpus_per_node or arguments.gres))
     options: dict[str, str | None] = {
         "job-name": arguments.job_name or f"ccd-{run_dir.name}".replace("\n", " "),
         "nodes": str(arguments.nodes),
@@ -63,7 +64,9 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
         "doctor=": f"doctor={'yes' if getattr(arguments, 'doctor', False) else 'no'}",
         "nproc=": f"nproc={processes}",
     }
-    text = render("slurm_pretrain.sbatch", options | passed_on(arguments), lines)
+    options |= passed_on(arguments)
+    check_time(options)
+    text = render("slurm_pretrain.sbatch", options, lines)
     return Job(log_folder(run_dir), f"{arguments.trains}.sbatch", text)
 
 
@@ -112,7 +115,11 @@ def extra_options(text: str) -> dict[str, str | None]:
     """`--exclude=n7 --reservation night` as options. Raises UserError for what is no long option."""
     options: dict[str, str | None] = {}
     name = ""
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--sbatch {text!r}: {error}; quote it as for a shell") from None
+    for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             options[name] = value if equals else None
@@ -121,6 +128,26 @@ def extra_options(text: str) -> dict[str, str | None]:
         else:
             raise UserError(f"--sbatch {text!r}: {word!r} is no long option of sbatch; write --name=value")
     return options
+
+
+def check_time(options: dict[str, str | None]) -> None:
+    """Refuses a life that would be told to save as soon as it begins."""
+    limit, early = seconds(options["time"] or ""), (options["signal"] or "").rpartition("@")[2]
+    if limit is not None and early.isdigit() and limit <= int(early):
+        raise UserError(
+            f"--time {options['time']}: all of it is kept for saving ({early} s); raise it, or lower --save-seconds"
+        )
+
+
+def seconds(limit: str) -> int | None:
+    """A time limit as sbatch reads it (its manual page, --time); None for one without end, and for what is none."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        return None
+    days, *parts = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # minutes, or minutes:seconds
+        parts = [0, *parts[:2]]
+    return sum(part * unit for part, unit in zip((days, *parts), (86400, 3600, 60, 1), strict=True))
 
 
 def log_folder(folder: Path) -> Path:

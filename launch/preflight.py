@@ -8,27 +8,34 @@ from pathlib import Path
 
 import torch
 
+from ccd_train import run, tuning
 from ccd_train.charset import read_charset
 from ccd_train.config import Config
 from ccd_train.data.shards import Corpus
 from ccd_train.data.words import open_words
+from ccd_train.engine import read_deepspeed_file
 from ccd_train.errors import UserError
 from ccd_train.finetuning import SCRATCH, FineTuning
 from ccd_train.life import claim
 from ccd_train.models.ccd import Student
 from ccd_train.models.recognizer import Recognizer
+from ccd_train.probe import read_words
+from launch.lives import newest_step
 
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_training(config: Config | FineTuning, ranks: int) -> None:
-    """Raises UserError for whatever would refuse or end this run on `ranks` ranks."""
+def check_training(config: Config | FineTuning, ranks: int, gpus: bool) -> None:
+    """Raises UserError for whatever would refuse or end this run on `ranks` ranks, with GPUs or without."""
     config.check()
     assert config.run_dir is not None
-    check_batch(config, ranks)
+    read_deepspeed_file(config.deepspeed, gpus)
     facts = facts_of(config)
     check_writable(config.run_dir)
-    claim(config.run_dir, config, facts, config.train.global_batch_size)
+    check_batch(config, ranks, claim(config.run_dir, config, facts, config.train.global_batch_size))
+    check_start(config)
+    if isinstance(config, Config) and config.probe.every_steps:
+        read_words(config.probe.data, config.probe.words)
     check_space(config, parameters_of(config))
 
 
@@ -40,8 +47,6 @@ def facts_of(config: Config | FineTuning) -> dict[str, str]:
             data.train, charset, length, option="data.train", seed=config.seed, fraction=data.fraction
         )
         valid, _ = open_words(data.valid, charset, length, option="data.valid")
-        if config.init is not None and config.init != SCRATCH and not config.init.exists():
-            raise UserError(f"--init {config.init}: no such file or folder; name a run, an export, a .pth, or scratch")
         return {"corpus": words.hash, "valid": valid.hash, "charset": charset.characters}
     return {"corpus": Corpus.open(config.data.shards, config.data.exclude).hash}
 
@@ -57,9 +62,28 @@ def parameters_of(config: Config | FineTuning) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def check_batch(config: Config | FineTuning, ranks: int) -> None:
-    """Refuses a global batch that so many ranks cannot share evenly."""
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+def check_start(config: Config | FineTuning) -> None:
+    """Looks at what the run goes on from, and reads the weights that a new one starts from."""
+    assert config.run_dir is not None
+    step = newest_step(config.run_dir)
+    if step == 0 and config.resume.mode == "must":
+        raise UserError(f"--resume.mode must: no complete checkpoint in {config.run_dir}; check --run_dir, or drop it")
+    if step and config.resume.mode == "never":
+        raise UserError(f"--resume.mode never: {config.run_dir} has a checkpoint; take another --run_dir")
+    if step or config.init is None or config.init == SCRATCH:
+        return
+    if not config.init.exists():
+        raise UserError(f"--init {config.init}: no such file or folder; name a run, an export or a .pth")
+    if isinstance(config, FineTuning):
+        charset = read_charset(config.data.charset)
+        tuning.start_from(config, charset, Recognizer(config.model, config.recognizer, charset.classes))
+    else:
+        run.start_from(config.init, config, Student(config.model))
+
+
+def check_batch(config: Config | FineTuning, ranks: int, batch: int | None) -> None:
+    """Refuses a global batch, of the settings or of the run folder, that so many ranks cannot share evenly."""
+    micro = config.train.micro_batch_size
     if batch is not None and batch % (micro * ranks):
         raise UserError(
             f"train.global_batch_size = {batch}: not a multiple of {ranks} ranks × {micro} (train.micro_batch_size); "

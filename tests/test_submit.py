@@ -13,12 +13,13 @@ from conftest import Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccd_train.config import Checkpoint, Config
+from ccd_train.config import Checkpoint, Config, identity
+from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
 from ccd_train.finetuning import FineTuning
 from ccd_train.options import describe as describe_settings
-from ccd_train.options import read_recipe
-from launch.jobs import extra_options
+from ccd_train.options import parse, read_recipe, to_dict
+from launch.jobs import extra_options, seconds
 from launch.lives import note
 from launch.preflight import check_space, parameters_of
 from launch.script import array, directive
@@ -63,15 +64,30 @@ def test_extra_options_of_sbatch() -> None:
     assert extra_options("--exclude=n7 --reservation 'of the night' --hold") == wanted
     with pytest.raises(UserError, match="write --name=value"):
         extra_options("-x n7")
+    with pytest.raises(UserError, match="No closing quotation"):
+        extra_options("it's")
+
+
+def test_time_limits_are_read_as_sbatch_reads_them() -> None:
+    limits = ["10", "10:30", "1:00:30", "2-1", "2-1:30", "2-01:30:05", "UNLIMITED", "tomorrow"]
+    assert [seconds(limit) for limit in limits] == [600, 630, 3630, 176400, 178200, 178205, None, None]
 
 
 def test_the_script_asks_for_what_the_run_needs(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = pretrain_words(tmp_path / "run", "--qos", "long", "--mem", "200G", "--sbatch", "--time=5 --exclude=n7")
+    words = pretrain_words(tmp_path / "run", "--qos", "long", "--mem", "200G", "--sbatch", "--time=50 --exclude=n7")
     chosen = [*run_on(tiny), "--data.workers", "6"]
     assert submit(*words, "--dry-run", "--", *chosen) == 0
     lines = capsys.readouterr().out.splitlines()
     options = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
-    assert {"nodes=2", "gpus-per-node=4", "cpus-per-task=32", "qos=long", "mem=200G", "time=5", "exclude=n7"} <= options
+    assert {
+        "nodes=2",
+        "gpus-per-node=4",
+        "cpus-per-task=32",
+        "qos=long",
+        "mem=200G",
+        "time=50",
+        "exclude=n7",
+    } <= options
     assert "nproc=4" in lines and "requeue=yes" in lines and "requeue" in options
     assert array("settings", [*chosen, "--run_dir", str((tmp_path / "run").resolve())]) in lines
     assert not (tmp_path / "run").exists()
@@ -86,6 +102,11 @@ def test_the_script_asks_for_what_the_run_needs(tiny: Tiny, tmp_path: Path, caps
         ("file/run", [], "Not a directory"),
         ("run%j", [], "SLURM reads %"),
         ("run", ["--optimizer.lr", "-1"], "optimizer.lr"),
+        ("run", ["--deepspeed", "zero9"], "--deepspeed zero9: No such file"),
+        ("run", ["--init", "/nowhere"], "--init /nowhere: no such file or folder"),
+        ("run", ["--init", "/dev"], "no weights here"),
+        ("run", ["--probe.every-steps", "5", "--probe.data", "/nowhere"], "/nowhere: no such folder"),
+        ("run", ["--resume.mode", "must"], "--resume.mode must: no complete checkpoint"),
     ],
 )
 def test_what_would_fail_in_the_queue_is_refused(
@@ -96,9 +117,30 @@ def test_what_would_fail_in_the_queue_is_refused(
         submit(*pretrain_words(tmp_path / name), "--", *run_on(tiny), *rest)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--time", "10"], "--time 10: all of it is kept for saving .600 s."),
+        (["--sbatch", "--time=0:60"], "--time 0:60: all of it"),
+        (["--sbatch", "it's"], "No closing quotation"),
+    ],
+)
+def test_a_job_that_could_do_nothing_is_refused(tiny: Tiny, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        submit(*pretrain_words(tmp_path / "run", *more), "--", *run_on(tiny))
+
+
+def test_fp16_needs_gpus_where_the_run_is_not_where_it_is_submitted(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "fp16.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}))
+    rest = ["--dry-run", "--", *run_on(tiny), "--deepspeed", str(tmp_path / "fp16.json")]
+    assert submit(*pretrain_words(tmp_path / "run"), *rest) == 0
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        submit(*pretrain_words(tmp_path / "run"), "--gpus-per-node", "0", *rest)
+
+
 def finetune_words(run_dir: Path, corpus: Tiny, *more: str) -> list[str]:
     words = ["finetune", "--run_dir", str(run_dir), "--gpus-per-node", "2", "--dry-run", "--"]
-    size = ["--train.micro_batch_size", "16"]
+    size = ["--train.micro_batch_size", "8"]
     data = ["--data.train", str(corpus.lmdb), "--data.valid", str(corpus.shards)]
     return [*words, "--config", "recognizer_nano", "--init", "scratch", *size, *data, *more]
 
@@ -125,6 +167,17 @@ def test_a_run_folder_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> N
     (tmp_path / "run/identity.json").write_text(json.dumps({"seed": 5, "train.global_batch_size": 64}))
     with pytest.raises(UserError, match="belongs to another run"):
         submit(*pretrain_words(tmp_path / "run"), "--", *run_on(tiny))
+
+
+def test_an_existing_run_keeps_its_global_batch(tiny: Tiny, tmp_path: Path) -> None:
+    """Which the ranks of this job must be able to share, though nobody names it."""
+    words = ["--run_dir", str(tmp_path / "run"), "--", *run_on(tiny)]
+    config = parse(Config, [*run_on(tiny), "--run_dir", str(tmp_path / "run")], "test")
+    facts = {"corpus": Corpus.open(config.data.shards).hash, "train.global_batch_size": 100}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/identity.json").write_text(json.dumps(identity(to_dict(config)) | facts))
+    with pytest.raises(UserError, match="batch_size = 100: not a multiple of 8 ranks"):
+        submit("pretrain", *words)
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
