@@ -175,6 +175,8 @@ def open_weights(path: Path, heads: int | None = None) -> Weights:
             raise UserError(f"{path}: this run has no complete checkpoint yet; let it write one")
         path = found
     if (path / COMPLETE).is_file():
+        if damage := _damage(path, share=slice(None)):
+            raise UserError(f"{path}: damaged ({damage}); name the run folder, and the newest whole one is taken")
         return _of_checkpoint(path)
     return weights.read(path, heads)
 
@@ -241,11 +243,12 @@ def _newest_complete(run_dir: Path) -> Path | None:
     return next((path for path in reversed(_steps(run_dir)) if (path / COMPLETE).exists()), None)
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files."""
+def _damage(checkpoint: Path, share: slice | None = None) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files, or with another share."""
+    share = share or slice(distributed.rank(), None, distributed.world_size())
     try:
         files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf8"))
-        for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
+        for name in sorted(files)[share]:
             if digest(checkpoint / name) != Digest(*files[name]):
                 return f"{name} has changed"
     except (OSError, json.JSONDecodeError) as error:

@@ -33,7 +33,7 @@ def parse(kind: type[Settings], argv: Sequence[str], program: str) -> Settings:
     complaints = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaints):
-            settings = tyro.cli(kind, args=list(rest), default=base, prog=program)
+            settings = tyro.cli(kind, args=list(rest), default=base, prog=program, description=about(kind))
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
@@ -42,6 +42,14 @@ def parse(kind: type[Settings], argv: Sequence[str], program: str) -> Settings:
         print(describe(settings), end="")
         raise SystemExit(0)
     return settings
+
+
+def about(kind: type) -> str:
+    """What --help says first: two options are read before all others, and so are not in its list."""
+    return (
+        f"{inspect.getdoc(kind)} --config NAME takes a recipe ({', '.join(recipes(kind))}) or a .yaml file, which the "
+        "options below override; --print_config shows every setting in force, with its help, and ends."
+    )
 
 
 def read_recipe(kind: type[Settings], name: str) -> Settings:

@@ -14,6 +14,7 @@ coverage=
 
 set_up '[test]'
 ruff check .
+ruff format --check --quiet .
 mypy
 OMP_NUM_THREADS=1 python -m $coverage pytest -n 2 --dist loadgroup -m "$marks" "$@"
 [ -z "$coverage" ] || { coverage combine --quiet; coverage report; }

@@ -336,6 +336,14 @@ def saves_in_the_way(config: Config) -> tuple[list[str], list[str | None]]:
     return names, problems
 
 
+def test_a_damaged_checkpoint_that_is_named_itself_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint.step_name(4)
+    complete(folder)
+    (folder / "state.json").write_bytes(b"[]")
+    with pytest.raises(UserError, match=r"damaged .state\.json has changed"):
+        checkpoint.open_weights(folder)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_half_a_step_is_set_aside_and_a_save_that_breaks_off_is_none(tiny: Tiny, tmp_path: Path) -> None:
     ((names, problems),) = run_ranks(1, saves_in_the_way, small(tiny, tmp_path / "run"))
