@@ -1,28 +1,32 @@
 """Writes the weights of a run for others, or turns weights from one form into the other.
 
-    ccd-train export --weights RUN                            RUN/export: safetensors and their sizes, as config.json
-    ccd-train export --weights RUN --out ccd.pth              an official checkpoint
-    ccd-train export --weights official.pth --out FOLDER      the official weights in our form
-    ccd-train export --weights RUN --format backbone --out vit.safetensors
+    ccd-train export RUN                                      RUN/export: safetensors and their sizes, as config.json
+    ccd-train export RUN --step 40000 --out FOLDER            those of an older checkpoint
+    ccd-train export RUN --out ccd.pth                        an official checkpoint
+    ccd-train export official.pth --out FOLDER                the official weights in our form
+    ccd-train export RUN --format backbone --out vit.safetensors
                                                               the ViT alone, under the names that timm uses
 
 Of a recogniser (a fine-tuning run, an export of one, or an official fine-tuned .pth):
 
-    ccd-train export --weights RUN --out recognizer.safetensors                 weights, sizes and charset in one file
-    ccd-train export --weights RUN --format onnx --out recognizer.onnx          from pixels to tokens, for onnxruntime
-    ccd-train export --weights RUN --format torchscript --out recognizer.pt     likewise, for torch without this package
+    ccd-train export RUN --out recognizer.safetensors                 weights, sizes and charset in one file
+    ccd-train export RUN --format onnx --out recognizer.onnx          from pixels to tokens, for onnxruntime
+    ccd-train export RUN --format torchscript --out recognizer.pt     likewise, for torch without this package
 
---weights takes what every verb takes: a run folder (its newest complete checkpoint, or a fine-tuning's best), one
-checkpoint folder of a run, an export, or an official .pth.
+Exported is what every verb takes as --weights (which may be written here as well): a run folder (its newest complete
+checkpoint, or a fine-tuning's best), one checkpoint folder of a run, an export, or an official .pth.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Positional
+
 from ccd_train import checkpoint, portable, recognizers, weights
+from ccd_train.config import require
 from ccd_train.errors import FINISHED, UserError
 from ccd_train.options import parse
 from ccd_train.reading import Source
@@ -34,6 +38,10 @@ RECIPE = ("augment", "affine", "distillation", "optimizer")  # sections that go 
 class Export(Source):
     """Write weights for others."""
 
+    source: Positional[Path | None] = None
+    """The same as --weights."""
+    step: int | None = None
+    """The complete checkpoint of this step, of a pretraining's run folder; None: the newest."""
     out: Path | None = None
     """Where to: a folder, or a file where one file is written (.pth: the official layout); None: `export` in the run
     folder."""
@@ -50,6 +58,16 @@ class Export(Source):
             raise UserError(f"{what} needs a place: say where to write with --out")
 
 
+def at_step(run_dir: Path, step: int) -> Path:
+    """The complete checkpoint of a step of a run. UserError names those that there are."""
+    steps = [path for path in (run_dir / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    complete = sorted(checkpoint.step_of(path) for path in steps if (path / checkpoint.COMPLETE).is_file())
+    if step not in complete:
+        there = f"there are {', '.join(map(str, complete))}" if complete else "there are none"
+        raise UserError(f"--step {step}: {run_dir} has no complete checkpoint of that step; {there}")
+    return run_dir / "checkpoints" / checkpoint.step_name(step)
+
+
 def about(path: Path) -> dict[str, Any]:
     """Where in its run a checkpoint stands, and the recipe, without a path; empty for weights that are not a run's."""
     found = checkpoint.newest(path) if (path / "checkpoints").is_dir() else path
@@ -62,13 +80,17 @@ def about(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     options = parse(Export, argv, "ccd-train export")
+    if options.source is not None:
+        require(options.weights is None, "--weights", options.weights, f"is {options.source} already; name one of them")
+        options = replace(options, weights=options.source)
     options.check()
     assert options.weights is not None
-    if recognizers.is_recognizer(options.weights):
+    chosen = options.weights if options.step is None else at_step(options.weights, options.step)
+    if recognizers.is_recognizer(chosen):
         return _export_recognizer(options)
     if options.format in ("onnx", "torchscript"):
         raise UserError(f"{options.weights}: no recogniser, which --format {options.format} is for; fine-tune it first")
-    found = checkpoint.open_weights(options.weights, options.heads)
+    found = checkpoint.open_weights(chosen, options.heads)
     out = options.out or options.weights / "export"
     if options.format == "backbone":
         weights.write_backbone(out, found.teacher, found.model)
@@ -77,7 +99,7 @@ def main(argv: list[str]) -> int:
         residual = weights.write_official(out, found, options.lossy)
         print(f"{out}: official layout; its position embedding is off by {residual:.2g} of its length")
     else:
-        weights.write_export(out, found, about(options.weights))
+        weights.write_export(out, found, about(chosen))
         print(f"{out}: teacher.safetensors, student.safetensors, {weights.CONFIG}")
     return FINISHED
 

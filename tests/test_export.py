@@ -59,6 +59,37 @@ def test_without_a_place_it_goes_into_the_run_folder(run_dir: Path) -> None:
     assert weights.read(run_dir / "export").model.prototypes == 24
 
 
+def test_a_step_of_a_run_is_exported(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main([str(run_dir), "--step", "2", "--out", str(tmp_path)]) == 0
+    expected = checkpoint.read_weights(run_dir / "checkpoints" / "step_00000002")
+    for network in weights.NETWORKS:
+        found = load_file(tmp_path / f"{network}.safetensors")
+        assert all(torch.equal(tensor, expected[network][name]) for name, tensor in found.items())
+    assert json.loads((tmp_path / "config.json").read_text())["about"]["step"] == 2
+    assert export.main([str(run_dir), "--step", "2"]) == 0
+    assert str(run_dir / "export") in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name, complete in {"step_00000002": True, "step_00000004": False, "step_00000003.damaged": True}.items():
+        (tmp_path / "checkpoints" / name).mkdir()
+        if complete:
+            (tmp_path / "checkpoints" / name / checkpoint.COMPLETE).touch()
+    for step in ("1", "3", "4"):
+        with pytest.raises(UserError, match=f"--step {step}: .* no complete checkpoint of that step; there are 2$"):
+            export.main([str(tmp_path), "--step", step])
+    with pytest.raises(UserError, match=r"--step 1: .*; there are none"):
+        export.main([str(tmp_path / "checkpoints"), "--step", "1", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"there are 2, 3$"):
+        export.main([str(run_dir), "--step", "7"])
+
+
+def test_one_source_is_enough(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--weights = x: is y already; name one of them"):
+        export.main(["y", "--weights", "x", "--out", str(tmp_path)])
+
+
 def test_an_older_checkpoint_can_be_named(run_dir: Path) -> None:
     older = checkpoint.open_weights(run_dir / "checkpoints" / "step_00000002")
     newer = checkpoint.open_weights(run_dir)
