@@ -17,14 +17,15 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
 
 from ccd_train import distributed, pretrain
-from ccd_train.config import Config
+from ccd_train.config import Config, Resume
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import FINISHED, TrainingError, UserError
 from ccd_train.options import parse
@@ -36,6 +37,9 @@ DISK_BYTES = 64 * MEGABYTE
 SLOW_DISK = 50  # MB/s: fewer than 10,000 crops of 5 KB
 ALL_REDUCE_BYTES = 64 * MEGABYTE
 WOULD_FAIL = 1
+PACKAGES = {name: name for name in ("torch", "deepspeed", "numpy", "webdataset", "lmdb", "safetensors")}
+PACKAGES |= {"opencv-python": "cv2"}
+"""Those that matter, and the module of each."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,25 @@ class Finding:
     fatal: bool = False
 
 
-def versions() -> list[Finding]:
-    """Of Python and of the packages that matter."""
-    packages = ("torch", "deepspeed", "numpy", "opencv-python", "webdataset", "lmdb", "safetensors")
-    text = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+def versions(packages: Mapping[str, str] = PACKAGES) -> list[Finding]:
+    """Of Python and of packages, given with their modules; some come under another name (opencv-python-headless)."""
+    found, missing = [], []
+    for package, module in packages.items():
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            if util.find_spec(module):
+                found.append(f"{package} as another package")
+            else:
+                missing.append(package)
+    lacking = [
+        Finding("packages", f"{package} is missing", f"pip install -c launch/constraints.txt {package}", fatal=True)
+        for package in missing
+    ]
     return [
         Finding("Python", f"{platform.python_version()} on {platform.platform()}"),
-        Finding("packages", text),
+        Finding("packages", ", ".join(found)),
+        *lacking,
         Finding("operators", "none of DeepSpeed's is needed, so none is compiled: AdamW and attention are torch's"),
     ]
 
@@ -163,16 +179,23 @@ def one_step(config: Config) -> list[Finding]:
     if config.run_dir is None or not config.data.shards:
         return [Finding("one step", "not tried: give --config, --run_dir and --data.shards")]
     folder = config.run_dir / "doctor"
+    remove(folder)  # a doctor that was killed left it
     began = time.monotonic()
     try:
-        pretrain.live(replace(config, run_dir=folder, max_steps=1))
+        pretrain.live(replace(config, run_dir=folder, max_steps=1, resume=Resume()))  # whatever the run folder holds
     except (UserError, TrainingError) as error:
         return [Finding("one step", str(error), "see there", fatal=True)]
     finally:
-        distributed.barrier()
-        if distributed.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     return [Finding("one step", f"done, with a checkpoint, in {time.monotonic() - began:.0f} s from the start")]
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder that no rank uses any more (all ranks together)."""
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
 
 
 def table(host: str, findings: list[Finding]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from conftest import CHECKOUT, Tiny
 
 from ccd_train.config import Config, Data
-from ccd_train.doctor import Finding, disks, limits, table
+from ccd_train.doctor import Finding, disks, limits, table, versions
 
 
 def doctor(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -48,9 +48,20 @@ def test_limits_of_this_machine_are_read() -> None:
     assert int(files.result) != 0
 
 
+def test_a_missing_package_is_fatal_and_one_under_another_name_is_not() -> None:
+    _, known, missing, _ = versions({"torch": "torch", "opencv-of-others": "cv2", "no-such-package": "no_such_module"})
+    assert "opencv-of-others as another package" in known.result and not known.fatal
+    assert missing == Finding(
+        "packages", "no-such-package is missing", "pip install -c launch/constraints.txt no-such-package", fatal=True
+    )
+
+
 @pytest.mark.slow
 def test_two_ranks_do_a_step(tiny: Tiny, tmp_path: Path) -> None:
     values = ["--data.shards", str(tiny.shards), "--train.micro_batch_size", "4", "--data.workers", "0"]
+    values += ["--resume.mode", "must"]  # of the run, not of the step that is tried
+    (tmp_path / "run/doctor").mkdir(parents=True)  # of a doctor that was killed, on another run
+    (tmp_path / "run/doctor/identity.json").write_text('{"seed": 5}')
     result = doctor("--nodes", "--config", "vit_nano", "--run_dir", str(tmp_path / "run"), *values, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "64 MB between 2 ranks" in result.stdout
