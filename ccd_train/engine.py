@@ -12,13 +12,13 @@ import io
 import json
 import logging
 import os
-import pickle
 import re
 import sys
 import warnings
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def read_file(path: Path, map_location: Any = None, mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
             f"{path}: not loaded, because it could run code ({found[1] if found else 'an unknown pickle'}); "

@@ -15,12 +15,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import re
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors
@@ -51,7 +51,7 @@ LARGEST_RESIDUAL = 1e-3  # of an exported position embedding, relative to its ow
 # What the readers of zip, pickle and torch raise for damaged content.
 DAMAGE = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OverflowError),
-    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+    *(UnpicklingError, struct.error, zipfile.BadZipFile),
 )
 
 # Ours → official, in this order. The digits in nn.Sequential stand for the layers at these places.

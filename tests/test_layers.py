@@ -119,13 +119,18 @@ def test_the_layers_name_modules_of_one_kind_only() -> None:
         ("lmdb", {"ccd_train.data.records"}),
         ("tensorboard", {"ccd_train.metrics"}),
         ("torch.utils.tensorboard", {"ccd_train.metrics"}),
-        ("pickle", set()),
         ("multiprocessing.pool", set()),
     ],
 )
 def test_one_module_knows_the_library(library: str, allowed: set[str]) -> None:
     users = {m for m in modules() if any(n == library or n.startswith(f"{library}.") for n in imports(m))}
     assert users <= allowed
+
+
+def test_of_pickle_only_the_error_is_known() -> None:
+    for module in modules():
+        names = {name for name in imports(module) if name.split(".")[0] == "pickle"}
+        assert names in (set(), {"pickle", "pickle.UnpicklingError"}), module
 
 
 def test_only_distributed_reads_rank_variables() -> None:
