@@ -40,9 +40,13 @@ def test_what_the_page_says_can_be_done(
         assert importlib.import_module(f"{PACKAGES[program]}.{verb}").main(options) == 0, (verb, options)
     printed = capsys.readouterr().out
     (text,) = {line.split("\t")[1] for line in printed.splitlines() if line.startswith("word.png\t")}
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     exec(first, {})
     assert capsys.readouterr().out.strip() == text
     made = {"images": torch.randn(2, 3, 32, 128)}
     exec(second, made)
     assert made["tokens"].shape == (2, 256, words.MODEL.width)  # type: ignore[attr-defined]
+    if importlib.util.find_spec("timm") is not None:
+        by_timm = dict(made)
+        exec(third, by_timm)
+        assert torch.allclose(by_timm["tokens"], made["tokens"], atol=1e-6)  # type: ignore[arg-type,call-overload]
