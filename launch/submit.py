@@ -49,12 +49,13 @@ def submit_sharding(arguments: argparse.Namespace, settings: list[str]) -> int:
     """ccd-submit shard: an array of slices, then a job that merges and verifies."""
     job = sharding(arguments, settings)
     slices = f"--array=0-{arguments.slices - 1}%{arguments.at_once}"
+    merging = ["--kill-on-invalid-dep=yes", "--output=slurm-merge-%j.log"]
     if arguments.dry_run:
-        print(job.text, end="")
+        merge = f"sbatch --dependency=afterok:$job {' '.join(merging)} {job.name}"
+        print(f"{job.text}\n# job=$(sbatch --parsable {slices} {job.name})\n# {merge}")
         return FINISHED
     number = job.submit(slices)
-    after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
-    merge = job.submit(*after, "--output=slurm-merge-%j.log")
+    merge = job.submit(f"--dependency=afterok:{number}", *merging)
     folder = shlex.quote(str(job.folder))
     print(
         f"submitted {arguments.slices} slices as job {number}, then merge and verify as job {merge}\n"

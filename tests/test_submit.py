@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Tiny
+from conftest import CHECKOUT, Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ from ccd_train.options import parse, read_recipe, to_dict
 from launch.jobs import extra_options, seconds
 from launch.lives import note
 from launch.preflight import check_space, parameters_of
-from launch.script import array, directive
+from launch.script import array, directive, render
 from launch.status import describe
 from launch.submit import read
 
@@ -190,6 +191,39 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
 def test_a_source_that_is_no_lmdb_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LMDB"):
         submit("shard", "--src", str(tmp_path), "--out", str(tmp_path / "out"), "--name", "x")
+
+
+def test_a_dry_run_of_sharding_shows_both_jobs(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--src", str(tiny.lmdb), "--out", str(tmp_path / "out"), "--name", "x", "--slices", "8", "--dry-run"]
+    assert submit("shard", *words) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-2:] == [
+        "# job=$(sbatch --parsable --array=0-7%16 shard.sbatch)",
+        "# sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes --output=slurm-merge-%j.log shard.sbatch",
+    ]
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize("out", [["--out", "a b"], ["--out=a b"]])
+def test_shards_are_merged_where_the_slices_are(tmp_path: Path, out: list[str]) -> None:
+    """The template submitted by hand, without an array."""
+    (tmp_path / "python").write_text("#!/bin/bash\nprintf '<%s>' \"$@\"\n")
+    (tmp_path / "python").chmod(0o755)
+    text = render(
+        "slurm_shard.sbatch", {}, {"hook()": f'hook() {{ export PATH={shlex.quote(str(tmp_path))}:"$PATH"; }}'}
+    )
+    environment = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
+    result = subprocess.run(
+        ["bash", "-c", text, "_", "--src", "lmdbs", *out, "--name", "x"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout == "<-m><data_tools><merge><a b><-m><data_tools><verify><a b>"
+
+
+@pytest.mark.parametrize("template", ["slurm_pretrain.sbatch", "slurm_shard.sbatch"])
+def test_no_array_is_empty_which_bash_before_4_4_takes_for_unset(template: str) -> None:
+    text = (CHECKOUT / "launch" / template).read_text()
+    assert "set -u" in text and "=()" not in text
 
 
 def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
