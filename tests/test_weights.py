@@ -294,6 +294,22 @@ def test_an_export_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         weights.write_official(tmp_path / "file" / "x.pth", resizable(fresh()))
 
 
+def test_an_official_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    """The disk is full: no file may be longer than 1 KiB."""
+    path = tmp_path / "x.pth"
+    path.write_text("old")
+    program = (
+        "import resource, signal, sys; from ccd_train import export; from ccd_train.errors import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "run(lambda: export.main(sys.argv[1:]))"
+    )
+    options = ["--weights", str(OFFICIAL), "--heads", str(HEADS), "--out", str(path)]
+    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
 def test_the_command_ends_with_code_2_and_no_traceback() -> None:
     command = [sys.executable, "-m", "ccd_train", "export", "--weights", "/nowhere", "--out", "x"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=OFFICIAL.parents[2])
