@@ -20,9 +20,15 @@ from ccd_train.severities import Augment
 # A run keeps its identity when these change between its lives; files count by their content, not by their path.
 CHANGEABLE = {"run_dir", "init", "deepspeed", "max_steps", "max_minutes", "data.shards", "data.workers"}
 CHANGEABLE |= {"data.exclude", "data.max_damaged", "data.stage", "data.stage_gb"}
-CHANGEABLE |= {"train.micro_batch_size", "train.threads", "train.activation_checkpointing"}
+CHANGEABLE |= {
+    "train.micro_batch_size",
+    "train.threads",
+    "train.activation_checkpointing",
+    "valid.every_steps",
+    "valid.patience",
+}
 CHANGEABLE |= {"data.train", "data.valid", "data.charset"}
-CHANGEABLE_SECTIONS = ("log.", "health.", "probe.", "valid.", "checkpoint.", "resume.", "distributed.")
+CHANGEABLE_SECTIONS = ("log.", "health.", "probe.", "checkpoint.", "resume.", "distributed.")
 
 
 @runtime_checkable

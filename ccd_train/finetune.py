@@ -129,11 +129,11 @@ def validate(run: Tuning) -> dict[str, float]:
             normalize(images)
             images, targets = images.to(run.engine.dtype), encode(run, batch).to(device)
             read = decoding.read(network, images).tokens.tolist()
-            for tokens, label, epoch in zip(read, batch.labels, batch.epochs.tolist(), strict=True):
+            for row, (tokens, label, epoch) in enumerate(zip(read, batch.labels, batch.epochs.tolist(), strict=True)):
                 if epoch == 0:  # the last batch goes on at the beginning
                     text, seen = run.charset.decode(tokens), seen + 1
-                    for rule in RULES:
-                        right[rule] += same(text, label or "", rule)
+                    for rule in RULES:  # a word whose image cannot be read is not read right
+                        right[rule] += row not in batch.replaced and same(text, label or "", rule)
             targets[batch.epochs.to(device) > 0, 1:] = run.charset.padding
             number = (targets[:, 1:] != run.charset.padding).sum()
             loss += torch.stack([recognition_loss(network(images, targets), targets) * number, number])

@@ -64,8 +64,11 @@ class Tuning(Training):
         self.copy = Average(engine, network)
         """For validation: whole and in evaluation mode on every rank, whatever the ZeRO stage."""
         self._kept = -1.0
-        if home.found is not None and distributed.rank() == 0 and (self.run_dir / BEST).exists():
-            self._kept = float(recognizers.read_export(self.run_dir / BEST).about["accuracy"])
+        with distributed.together():
+            if home.found is not None and distributed.rank() == 0 and (self.run_dir / BEST).exists():
+                about = recognizers.read_export(self.run_dir / BEST).about
+                if (about.get("rule"), about.get("valid")) == (config.valid.rule, home.facts["valid"]):
+                    self._kept = float(about["accuracy"])
 
     def learning_rate(self) -> float:
         """Of the step that comes next."""
@@ -95,11 +98,15 @@ class Tuning(Training):
                 about = {
                     "accuracy": accuracy, "rule": config.valid.rule, "step": progress.step,
                     "samples": progress.samples, "seed": config.seed, "fraction": config.data.fraction,
-                    "init": str(config.init), "global_batch_size": self.global_batch, **self.home.facts,
+                    "init": config.init.name if config.init else "", "global_batch_size": self.global_batch,
+                    **self.home.facts,
                 }  # fmt: skip
                 trained = Trained(config.model, config.recognizer, self.charset, state, about, str(self.run_dir))
-                recognizers.write(self.run_dir / BEST, trained)
-                self._kept = accuracy
+                try:
+                    recognizers.write(self.run_dir / BEST, trained)
+                    self._kept = accuracy
+                except UserError as error:  # a full disk, say: the checkpoints have the weights as well
+                    log.warning("step %d: the best weights so far are not exported (%s)", progress.step, error)
 
 
 def begin(config: FineTuning) -> Tuning:
@@ -124,7 +131,10 @@ def begin(config: FineTuning) -> Tuning:
     engine = Engine(student.to(distributed.device()), config, config.optimizer.betas, home.accumulation)
     progress = Learned()
     if home.found is not None:
-        progress.restore(checkpoint.load(home.found, engine))
+        state = checkpoint.load(home.found, engine)
+        progress.restore(state)
+        if (state["settings"]["valid"]["rule"], state["valid"]) != (config.valid.rule, valid[0].hash):
+            progress.best, progress.best_step, progress.stale = -1.0, 0, 0  # measured by another measure
     batches = loader(
         words,
         Order(words.shard_samples, config.seed, window(config)),

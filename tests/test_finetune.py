@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from ccd_train.charset import read_charset
 from ccd_train.config import Config
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.synthetic import render
+from ccd_train.data.words import open_words
 from ccd_train.errors import UserError
 from ccd_train.finetune import train, train_step, validate
 from ccd_train.finetuning import FineTuning
@@ -290,6 +292,44 @@ def test_it_ends_when_patience_does_and_stays_ended(tiny: Tiny, tmp_path: Path) 
         tiny, tmp_path / "run", optimizer={"lr": 0.0, "final_lr": 0.0}, valid={"every_steps": 2, "patience": 2}
     )
     assert run_ranks(1, two_lives, config) == [[(6, 6, True), (6, 6, True)]]
+
+
+def measures(configs: list[FineTuning], broken: Path) -> tuple[list[tuple[float, float]], float]:
+    """Best and kept accuracy of three lives; and the accuracy on words of which one image cannot be read."""
+    seen = []
+    for number, config in enumerate(configs):
+        run = tuning.begin(config)
+        if number == 0:
+            train_step(run)
+            run.judge(0.5)
+            run.save()
+            shutil.rmtree(run.run_dir / "export")
+            (run.run_dir / "export").write_text("in the way, as a full disk is")
+            run.judge(0.75)
+            (run.run_dir / "export").unlink()
+            run.judge(0.75)
+        seen.append((run.progress.best, run._kept))
+        run.close()
+    run = tuning.begin(replace(configs[0], run_dir=configs[0].run_dir / "other"))  # type: ignore[operator]
+    run.valid, _ = open_words([broken], run.charset, 25, option="data.valid")
+    for fragment in run.engine.fragments:
+        if fragment.name == "decoder.classifier.bias":
+            fragment.master.data[run.charset.end] = 100.0  # every word is read as nothing
+    accuracy = validate(run)["valid_lower_alnum"]
+    run.close()
+    return seen, accuracy
+
+
+def test_a_best_is_the_best_by_one_measure(tiny: Tiny, tmp_path: Path) -> None:
+    """What cannot be written is tried again; another rule, which must be allowed, starts anew."""
+    config = tuned(tiny, tmp_path / "run")
+    other = replace(config, valid=replace(config.valid, rule="all"), resume=replace(config.resume, allow_change=True))
+    with LmdbWriter(tmp_path / "broken") as writer:
+        for number in range(4):
+            writer.add(b"broken" if number == 2 else render(5, number, fonts=()).image, "!")  # nothing, by the rule
+    ((seen, accuracy),) = run_ranks(1, measures, [config, config, other], tmp_path / "broken")
+    assert seen == [(0.75, 0.75), (0.5, 0.75), (-1.0, -1.0)]
+    assert accuracy == 0.75
 
 
 @pytest.mark.parametrize("name", [name for name in recipes(FineTuning) if name.startswith("recognizer_")])

@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from ccd_train.config import Config, flatten, identity
 from ccd_train.errors import UserError
+from ccd_train.finetuning import FineTuning
 from ccd_train.options import describe, from_dict, help_texts, option_names, parse, read_recipe, recipes, to_dict
 
 
@@ -169,3 +170,5 @@ def test_identity_leaves_out_what_may_change() -> None:
     changeable = {"run_dir", "max_steps", "max_minutes", "deepspeed", "train.micro_batch_size", "data.shards"}
     assert not kept.keys() & changeable
     assert not [name for name in kept if name.startswith(("log.", "checkpoint.", "resume.", "distributed."))]
+    tuned = identity(to_dict(read_recipe(FineTuning, "recognizer_small")))
+    assert "valid.rule" in tuned and "valid.patience" not in tuned  # a best by another rule is no best

@@ -10,11 +10,12 @@ from conftest import Tiny
 from crops import REAL, change, crop, write_words
 from ranks import run_ranks
 
+from ccd_train.benchmarks import PUBLISHED
 from ccd_train.charset import LENGTH, Tally, read_charset
 from ccd_train.data.loader import loader
 from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbWriter
-from ccd_train.data.words import Words, open_words
+from ccd_train.data.words import BENCHMARK_SETS, Words, open_words
 from ccd_train.errors import UserError
 from data_tools import convert
 
@@ -99,7 +100,7 @@ def test_a_missing_image_is_replaced_and_counted(tmp_path: Path) -> None:
         rank=0, world_size=1, workers=0, with_labels=True,
     ) as batches:  # fmt: skip
         batch = next(batches)
-    assert len(batch.damaged) == 1 and "words 000000002: " in batch.damaged[0]
+    assert len(batch.replaced) == 1 and len(batch.damaged) == 1 and "words 000000002: " in batch.damaged[0]
     assert "wörd2" not in batch.labels
 
 
@@ -117,10 +118,17 @@ def test_a_benchmark_in_shards_or_behind_a_link_is_refused(tmp_path: Path) -> No
     assert (
         convert.main(["--src", str(benchmark), "--out", str(tmp_path / "shards"), "--name", "b", "--workers", "1"]) == 0
     )
+    alone = ["--src", str(benchmark / "SVT"), "--out", str(tmp_path / "alone"), "--name", "b", "--workers", "1"]
+    assert convert.main(alone) == 0
     (tmp_path / "validation").symlink_to(benchmark / "SVT")
-    for folder in ("shards", "validation"):
+    write_words(tmp_path / "mine" / "CUTE80", 3)
+    for folder in ("shards", "alone", "validation", "mine"):
         with pytest.raises(UserError, match="a benchmark"):
             words_of(tmp_path / folder)
+
+
+def test_the_sets_of_the_evaluation_are_known() -> None:
+    assert {name.lower() for name in PUBLISHED} == BENCHMARK_SETS
 
 
 def test_sets_without_labels_and_empty_folders_are_refused(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ class Batch:
     """int64 [B], how often the sample's corpus has been seen as a whole before."""
     position: int
     """Samples that all ranks together have consumed when the step of this micro-batch is done."""
+    replaced: tuple[int, ...] = ()
+    """Rows that hold another sample than their own, which could not be used."""
     damaged: tuple[str, ...] = ()
     """One line for each sample that could not be used and was replaced: shard, key, reason."""
     labels: tuple[str | None, ...] = ()
@@ -112,8 +114,12 @@ class Reader:
         sizes = np.empty((count, 2), np.int64)
         labels: list[str | None] = [None] * count
         damaged: list[str] = []
+        replaced: list[int] = []
         for i in np.lexsort((samples.rows, samples.shards)).tolist():  # by place on the disk
+            known = len(damaged)
             sample = self._usable_sample(int(samples.shards[i]), int(samples.rows[i]), damaged)
+            if len(damaged) > known:
+                replaced.append(i)
             cv2.split(sample.image, list(images[i]))  # writes the three planes there
             masks[i], sizes[i], labels[i] = sample.mask, sample.native_size, sample.label
         return Batch(
@@ -123,6 +129,7 @@ class Reader:
             sample_ids=torch.from_numpy(samples.sample_ids),
             epochs=torch.from_numpy(samples.epochs),
             position=position,
+            replaced=tuple(replaced),
             damaged=tuple(damaged),
             labels=tuple(labels) if self.with_labels else (),
         )

@@ -25,6 +25,11 @@ from ccd_train.errors import UserError
 
 RECORDS = 10_000  # of an LMDB that are shuffled and read together, as a shard is
 BENCHMARK = ("evaluation", "benchmark")  # folders of the data layout, one in the other
+BENCHMARK_SETS = {
+    *("svt", "iiit5k_3000", "ic13_857", "ic13_1015", "ic15_1811", "ic15_2077", "svtp", "cute80", "cocotext", "ctw"),
+    *("totaltext", "host", "wost", "mpsc", "wordart"),
+}
+"""The names of the sets there, in small letters."""
 NESTED = "benchmark"  # what the second leaves in the name of a shard's source
 
 
@@ -198,20 +203,22 @@ class _Look:
 def _open(folder: Path, option: str) -> list[Source]:
     if (folder / MANIFEST).is_file():
         corpus = Corpus.open(folder)
-        if any(NESTED in Path(shard.source).parts for shard in corpus.shards):
+        sources = {Path(shard.source) for shard in corpus.shards}
+        if any(NESTED in source.parts or source.name.lower() in BENCHMARK_SETS for source in sources):
             _refuse_benchmark(folder, option)
         return [corpus]
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError(f"--{option} {folder}: an empty folder; give LMDBs, or shards that `ccd-data convert` wrote")
     found = find_lmdbs(folder)
     for path in found:
-        parts = path.resolve().parts
-        if BENCHMARK in pairwise(parts):
+        parts = [part.lower() for part in path.resolve().parts]
+        if BENCHMARK in pairwise(parts) or parts[-1] in BENCHMARK_SETS:
             _refuse_benchmark(path, option)
     return [Records(path) for path in found]
 
 
 def _refuse_benchmark(path: Path, option: str) -> None:
     raise UserError(
-        f"--{option} {path}: a benchmark; neither training nor validation may see it. `ccd-train evaluate` is for it"
+        f"--{option} {path}: a benchmark; neither training nor validation may see it. `ccd-train evaluate` is for it; "
+        "a training set that bears a benchmark's name needs another folder name"
     )
