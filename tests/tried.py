@@ -235,6 +235,8 @@ def submission(words: list[str]) -> int:
     if own[0] != "status":
         own.append("--dry-run")
         rest += ["--resume.allow_change", "--checkpoint.keep", "1"] if rest else []
+    if own[0] == "finetune":
+        rest[rest.index("--init") + 1] = "scratch"  # the weights here are a miniature's
     arguments, settings = submit.read([*own, *rest])
     code = int(arguments.verb(arguments, settings))
     if "run_dir" in arguments:
