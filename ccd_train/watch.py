@@ -49,6 +49,7 @@ class Watch:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._looked = time.monotonic()
+        self._hosts = distributed.gather_objects(socket.gethostname())
         self._sign()
         if distributed.world_size() > 1:
             # The store may hang when its keeper is gone: who watches the time must not touch it.
@@ -75,7 +76,7 @@ class Watch:
             os._exit(UNFINISHED)
 
     def _exchange(self) -> None:
-        while not self._closed.wait(SECONDS):
+        while not self._closed.wait(SECONDS if self._seen else SECONDS / 10):
             try:
                 self._sign()
                 self._look()
@@ -123,7 +124,7 @@ class Watch:
 
     def _name(self, rank: int) -> str:
         if rank not in self._seen:
-            return f"rank {rank} (never seen)"
+            return f"rank {rank} on {self._hosts[rank]} (in its first steps)"
         sign = self._seen[rank][0]
         return f"rank {rank} on {sign.host} (step {sign.step}, {PHASES[sign.phase]})"
 

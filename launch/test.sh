@@ -16,5 +16,5 @@ set_up '[test]'
 ruff check .
 ruff format --check --quiet .
 mypy
-OMP_NUM_THREADS=1 python -m $coverage pytest -n 2 --dist loadgroup -m "$marks" "$@"
+OMP_NUM_THREADS=1 python -m $coverage pytest -n 2 --dist loadfile -m "$marks" "$@"
 [ -z "$coverage" ] || { coverage combine --quiet; coverage report; }

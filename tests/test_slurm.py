@@ -17,7 +17,6 @@ from conftest import Tiny
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(bool(Cluster.missing()), reason=Cluster.missing()),
 ]
 STEPS = 40
