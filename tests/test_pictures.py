@@ -1,11 +1,6 @@
-"""The pictures of a run: what is in them, where, and what they cost."""
+"""The pictures of a run: what is in them, and where."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +9,6 @@ from torch import Tensor
 
 from ccd_train import gallery, pictures
 from ccd_train.models.vit import VisionTransformer
-
-BENCHMARK = Path(__file__).parent / "benchmarks" / "pictures.py"
 
 
 def seen(count: int = 3) -> pictures.Seen:
@@ -102,10 +95,3 @@ def test_the_gallery_of_words(text: bool) -> None:
     assert all(sheet.dtype == np.uint8 and sheet.shape[2] == 3 for sheet in sheets.values())
     again = gallery.draw(vit, gallery.words(images, masks))
     assert all(np.array_equal(sheets[name], again[name]) for name in sheets)
-
-
-@pytest.mark.slow
-def test_pictures_cost_less_than_a_hundredth(tmp_path: Path) -> None:
-    """At the default interval, beside this machine's own steps of the smallest recipe."""
-    result = subprocess.run([sys.executable, BENCHMARK, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout)["share"] < 0.01
