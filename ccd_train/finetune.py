@@ -27,12 +27,11 @@ from ccd_train.finetuning import FineTuning
 from ccd_train.metrics import Metrics
 from ccd_train.models.recognizer import recognition_loss
 from ccd_train.options import parse
-from ccd_train.scoring import same
+from ccd_train.scoring import RULES, same
 from ccd_train.training import Pace, conclude, ended, guarded, prepare
 from ccd_train.tuning import Tuning, begin
 
 READ_AT_ONCE = 256  # words of a validation, by each rank
-RULES = ("lower_alnum", "case", "all")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ def validate(run: Tuning) -> dict[str, float]:
             images = batch.images_u8.to(device, non_blocking=True).float()
             normalize(images)
             images, targets = images.to(run.engine.dtype), encode(run, batch).to(device)
-            read = decoding.read(network, images).tokens.tolist()
+            memory = network.encode(images)  # once: for what is read, and for the loss
+            read = decoding.decode(network.decoder, memory).tokens.tolist()
             for row, (tokens, label, epoch) in enumerate(zip(read, batch.labels, batch.epochs.tolist(), strict=True)):
                 if epoch == 0:  # the last batch goes on at the beginning
                     text, seen = run.charset.decode(tokens), seen + 1
@@ -136,7 +136,7 @@ def validate(run: Tuning) -> dict[str, float]:
                         right[rule] += row not in batch.replaced and same(text, label or "", rule)
             targets[batch.epochs.to(device) > 0, 1:] = run.charset.padding
             number = (targets[:, 1:] != run.charset.padding).sum()
-            loss += torch.stack([recognition_loss(network(images, targets), targets) * number, number])
+            loss += torch.stack([recognition_loss(network.decoder(memory, targets[:, :-1]), targets) * number, number])
     sums = torch.tensor([seen, *right.values()], dtype=torch.float64, device=device)
     loss_sum, tokens_seen, total, *counts = distributed.all_reduce_sum(torch.cat([loss, sums])).tolist()
     accuracy = {rule: count / total for rule, count in zip(RULES, counts, strict=True)}

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from ccd_train import config
 from ccd_train.charset import NAMED, Charset, read_charset
@@ -24,15 +22,15 @@ from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.options import from_dict, to_dict
 from ccd_train.weights import (
-    EMBEDDING,
     OFFICIAL_HEAD_WIDTH,
     State,
+    from_official,
     is_named,
     load,
     official_name,
     read_tensors,
     refuse_misfits,
-    resize_embedding,
+    shapes_of,
     write_whole,
 )
 
@@ -195,7 +193,9 @@ def read_official(
         raise UserError(
             f"{path}: {classes} classes, but {_named(charset)} has {charset.classes}; give another --charset"
         )
-    return Trained(model, sizes, charset, _from_official(official, model, sizes, charset, path), {}, str(path))
+    wanted = _shapes(model, sizes, charset)
+    state = from_official(official, wanted, _official_name, OFFICIAL_UNUSED, str(path))
+    return Trained(model, sizes, charset, state, {}, str(path))
 
 
 def _values(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -268,18 +268,5 @@ def _official_sizes(
     return model, sizes, classes
 
 
-def _from_official(
-    official: State, model: config.Model, sizes: config.Recognizer, charset: Charset, path: Path
-) -> dict[str, Tensor]:
-    used = {name: tensor for name, tensor in official.items() if not OFFICIAL_UNUSED.search(name)}
-    wanted = _shapes(model, sizes, charset)
-    refuse_misfits({_official_name(name): shape for name, shape in wanted.items()}, used, str(path))
-    state = {name: used[_official_name(name)].float() for name in wanted}
-    state[EMBEDDING] = resize_embedding(state[EMBEDDING])
-    return state
-
-
 def _shapes(model: config.Model, sizes: config.Recognizer, charset: Charset) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):  # sizes without memory
-        network = Recognizer(model, sizes, charset.classes)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return shapes_of(lambda: Recognizer(model, sizes, charset.classes))

@@ -13,12 +13,11 @@ from ccd_train.data.loader import Batches, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.ema import Teacher
 from ccd_train.engine import Engine
-from ccd_train.errors import UserError
 from ccd_train.losses import Center
 from ccd_train.models import ccd
 from ccd_train.options import to_dict
 from ccd_train.rates import Rates, rates
-from ccd_train.training import Home, Progress, Training, compile_blocks
+from ccd_train.training import Home, Progress, Training, compile_blocks, refuse_other
 
 
 class Run(Training):
@@ -87,10 +86,7 @@ def begin(config: Config) -> Run:
 def start_from(path: Path, config: Config, student: ccd.Student) -> None:
     """Gives a new run the student's weights of another one; UserError where the networks differ."""
     found = checkpoint.open_weights(path, config.model.heads)
-    mine, theirs = to_dict(config.model), to_dict(found.model)
-    differences = [f"model.{name}: {theirs[name]} → {mine[name]}" for name in mine if mine[name] != theirs[name]]
     # a path through the network and what stochastic depth leaves out of it are no matter of its weights
-    differences = [text for text in differences if not text.startswith(("model.drop_path", "model.freeze_gain"))]
-    if differences:
-        raise UserError(f"--init {path}: another network ({', '.join(differences)}); give the model's own settings")
+    free = ("drop_path", "freeze_gain")
+    refuse_other("model", path, to_dict(found.model), to_dict(config.model), "give the model's own settings", free)
     weights.load(student, found.student, found.origin)

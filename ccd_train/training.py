@@ -348,3 +348,21 @@ def find(run_dir: Path, config: RunConfig) -> Path | None:
     if found is not None and mode == "never":
         raise UserError(f"--resume.mode never: {run_dir} has a checkpoint ({found.name}); take another --run_dir")
     return found
+
+
+def refuse_other(
+    section: str,
+    path: Path,
+    theirs: dict[str, Any],
+    mine: dict[str, Any],
+    remedy: str,
+    except_for: tuple[str, ...] = (),
+) -> None:
+    """UserError that names the settings of a section in which the weights of --init and this run differ."""
+    differences = [
+        f"{section}.{name}: {theirs[name]} → {mine[name]}"
+        for name in mine
+        if theirs[name] != mine[name] and name not in except_for
+    ]
+    if differences:
+        raise UserError(f"--init {path}: another network ({', '.join(differences)}); {remedy}")

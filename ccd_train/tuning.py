@@ -23,11 +23,12 @@ from ccd_train.geometry import Affine
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.options import to_dict
 from ccd_train.recognizers import Trained
-from ccd_train.training import Home, Progress, Training, compile_blocks
+from ccd_train.training import Home, Progress, Training, compile_blocks, refuse_other
 
 log = logging.getLogger(__name__)
 
 BACKBONE = ("width", "depth", "heads")  # settings of the model that a recogniser has in common with a pretraining
+REMEDY = "take the recipe of its size"
 BEST = f"export/{recognizers.FILE}"  # of the run folder
 Opened = tuple[Words, Tally]
 
@@ -186,12 +187,14 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
         return
     if recognizers.is_recognizer(path):
         trained = recognizers.read(path, charset, config.model.heads, config.recognizer.heads)
-        refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), except_for=("dropout",))
-        refuse_other("model", path, backbone(to_dict(trained.model)), backbone(to_dict(config.model)))
+        refuse_other(
+            "recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), REMEDY, except_for=("dropout",)
+        )
+        refuse_other("model", path, backbone(to_dict(trained.model)), backbone(to_dict(config.model)), REMEDY)
         weights.load(student, trained.state, trained.origin)
         return
     found = checkpoint.open_weights(path, config.model.heads)
-    refuse_other("model", path, backbone(to_dict(found.model)), backbone(to_dict(config.model)))
+    refuse_other("model", path, backbone(to_dict(found.model)), backbone(to_dict(config.model)), REMEDY)
     teacher = {name.removeprefix("vit."): tensor for name, tensor in found.teacher.items() if name.startswith("vit.")}
     # the norms of the taps belong to the segmentation head
     used = {name: tensor for name, tensor in teacher.items() if not name.startswith("tap_norms.")}
@@ -201,16 +204,3 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
 def backbone(model: dict[str, object]) -> dict[str, object]:
     """The settings of a model that a recogniser shares with a pretraining."""
     return {name: model[name] for name in BACKBONE}
-
-
-def refuse_other(
-    section: str, path: Path, theirs: dict[str, object], mine: dict[str, object], except_for: tuple[str, ...] = ()
-) -> None:
-    """UserError that names the sizes in which weights and settings differ."""
-    differences = [
-        f"{section}.{name}: {theirs[name]} → {mine[name]}"
-        for name in mine
-        if theirs[name] != mine[name] and name not in except_for
-    ]
-    if differences:
-        raise UserError(f"--init {path}: another network ({', '.join(differences)}); take the recipe of its size")

@@ -18,7 +18,9 @@ import math
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -149,7 +151,7 @@ def read_export(folder: Path) -> Weights:
             states[name] = load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); export the weights again") from None
-        refuse_misfits(_shapes(kind, model), states[name], str(path))
+        refuse_misfits(shapes_of(partial(kind, model)), states[name], str(path))
     return Weights(model, states["teacher"], states["student"], str(folder))
 
 
@@ -170,7 +172,10 @@ def read_official(path: Path, heads: int | None = None) -> Weights:
     }
     model = _official_sizes(states["student"], heads, path)
     model.check()
-    converted = {name: _from_official(states[name], _shapes(kind, model), path) for name, kind in NETWORKS.items()}
+    converted = {
+        name: from_official(states[name], shapes_of(partial(kind, model)), official_name, OFFICIAL_UNUSED, str(path))
+        for name, kind in NETWORKS.items()
+    }
     return Weights(model, converted["teacher"], converted["student"], str(path))
 
 
@@ -322,6 +327,27 @@ def refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str
         raise UserError(f"{origin}: {len(problems)} tensors do not fit this model: {'; '.join(problems)}")
 
 
+def from_official(
+    official: State,
+    wanted: dict[str, tuple[int, ...]],
+    name_of: Callable[[str], str],
+    unused: re.Pattern[str],
+    origin: str,
+) -> State:
+    """A network's official tensors, without those that are unused, as ours; `wanted` are our names and shapes."""
+    used = {name: tensor for name, tensor in official.items() if not unused.search(name)}
+    refuse_misfits({name_of(name): shape for name, shape in wanted.items()}, used, origin)
+    state = {name: used[name_of(name)].float() for name in wanted}
+    state[EMBEDDING] = resize_embedding(state[EMBEDDING])
+    return state
+
+
+def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's tensors by name, without their memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
+
+
 def _official_sizes(student: State, heads: int | None, path: Path) -> Model:
     """The sizes that the shapes of an official student tell."""
 
@@ -349,19 +375,6 @@ def _official_sizes(student: State, heads: int | None, path: Path) -> Model:
         prototypes=prototypes,
         freeze_gain=gain is not None and bool((gain == 1).all()),
     )
-
-
-def _from_official(official: State, wanted: dict[str, tuple[int, ...]], path: Path) -> State:
-    used = {name: tensor for name, tensor in official.items() if not OFFICIAL_UNUSED.search(name)}
-    refuse_misfits({official_name(name): shape for name, shape in wanted.items()}, used, str(path))
-    state = {name: used[official_name(name)].float() for name in wanted}
-    state[EMBEDDING] = resize_embedding(state[EMBEDDING])
-    return state
-
-
-def _shapes(kind: type[nn.Module], model: Model) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):  # sizes without memory
-        return {name: tuple(tensor.shape) for name, tensor in kind(model).state_dict().items()}
 
 
 def _size(shape: tuple[int, ...] | torch.Size) -> str:
