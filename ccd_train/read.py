@@ -46,14 +46,10 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
     """The images that are meant, those of a folder sorted. Raises UserError for a missing path or an empty folder."""
     found: list[Path] = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not inside:
-            raise UserError(f"{path}: no image in or below this folder ({' '.join(sorted(SUFFIXES))})")
-        found += inside
+        try:
+            found += _inside(path)
+        except OSError as error:  # the name is too long, or a folder above it is closed to us
+            raise UserError(f"{path}: {error.strerror}; name an image or a folder that can be opened") from error
     return found
 
 
@@ -62,7 +58,8 @@ def readings(reader: Reader, paths: list[Path]) -> Iterator[tuple[Path, Reading 
     remaining = iter(paths)
     while batch := list(islice(remaining, BATCH)):
         contents = [_bytes(path) for path in batch]
-        found = iter(reader.read([content for content in contents if isinstance(content, bytes)]))
+        images = [content for content in contents if isinstance(content, bytes)]
+        found = iter(reader.read(images, upright=True))
         for path, content in zip(batch, contents, strict=True):
             reading = next(found) if isinstance(content, bytes) else content
             assert not isinstance(reading, bytes)
@@ -77,14 +74,30 @@ def main(argv: list[str]) -> int:
     for path, reading in readings(Reader(options.open()), paths):
         if isinstance(reading, str):
             unreadable += 1
-            print(f"{path}: cannot be read ({reading})", file=sys.stderr)
+            print(f"{_name(path)}: cannot be read ({reading})", file=sys.stderr)
         if options.json:
             print(json.dumps(_record(path, reading), ensure_ascii=False))
         elif isinstance(reading, Reading):
-            print(f"{path}\t{reading.text}\t{reading.confidence:.3f}")
+            print(f"{_name(path)}\t{reading.text}\t{reading.confidence:.3f}")
     if unreadable:
         print(f"{unreadable} of {len(paths)} images cannot be read", file=sys.stderr)
     return REFUSED if unreadable == len(paths) else FINISHED
+
+
+def _inside(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not inside:
+        raise UserError(f"{path}: no image in or below this folder ({' '.join(sorted(SUFFIXES))})")
+    return inside
+
+
+def _name(path: Path) -> str:
+    """The path as it can be printed: bytes in it that are not UTF-8 as \\udcXX."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _bytes(path: Path) -> bytes | UndecodableImage:
@@ -96,9 +109,9 @@ def _bytes(path: Path) -> bytes | UndecodableImage:
 
 def _record(path: Path, reading: Reading | str) -> dict[str, object]:
     if isinstance(reading, str):
-        return {"image": str(path), "error": reading}
+        return {"image": _name(path), "error": reading}
     return {
-        "image": str(path),
+        "image": _name(path),
         "text": reading.text,
         "confidence": round(reading.confidence, 6),
         "characters": [round(confidence, 6) for confidence in reading.characters],

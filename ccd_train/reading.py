@@ -66,9 +66,12 @@ class Reader:
         self._device = distributed.device()
         self._network = trained.network().to(self._device)
 
-    def read(self, images: Sequence[bytes]) -> list[Reading | UndecodableImage]:
-        """What stands in each image; for one that cannot be read, why not. All go through the network as one batch."""
-        crops = [_crop(data) for data in images]
+    def read(self, images: Sequence[bytes], upright: bool = False) -> list[Reading | UndecodableImage]:
+        """What stands in each image; for one that cannot be read, why not. All go through the network as one batch.
+
+        `upright` turns them as their EXIF says, which records of an LMDB are not.
+        """
+        crops = [_crop(data, upright) for data in images]
         readings = iter(self._read([crop for crop in crops if isinstance(crop, np.ndarray)]))
         return [next(readings) if isinstance(crop, np.ndarray) else crop for crop in crops]
 
@@ -90,8 +93,8 @@ class Reader:
         return readings
 
 
-def _crop(data: bytes) -> np.ndarray | UndecodableImage:
+def _crop(data: bytes, upright: bool) -> np.ndarray | UndecodableImage:
     try:
-        return resize_image(decode_rgb(data))
+        return resize_image(decode_rgb(data, upright))
     except UndecodableImage as error:
         return error

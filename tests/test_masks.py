@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ccd_train.data.masks import (
     HEIGHT,
@@ -175,6 +175,52 @@ def test_text_on_a_transparent_background_stays_visible(ink: int, bits: int) -> 
     assert np.array_equal(pseudo_mask(image), glyphs)
 
 
+@pytest.mark.parametrize("ink", [0, 255])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"lossless": False}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("GIF", {}),
+        ("JPEG2000", {}),
+    ],
+)
+def test_so_it_does_in_other_kinds_of_files(kind: str, options: dict[str, object], ink: int) -> None:
+    picture, glyphs = stencil(ink)
+    image = decode_rgb(encode(picture, kind, **options))
+    assert np.abs(image[..., 0].astype(int) - np.where(glyphs == 1, ink, 255 - ink)).max() < 3
+    assert np.array_equal(pseudo_mask(image), glyphs)
+
+
+def test_so_it_does_in_a_big_endian_tiff(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, _, *rest = TiffImagePlugin.SAVE_INFO["RGBA"]
+    monkeypatch.setitem(TiffImagePlugin.SAVE_INFO, "RGBA", (kind, b"MM", *rest))
+    picture, glyphs = stencil(0)
+    data = encode(picture, "TIFF")
+    assert data[:2] == b"MM" and np.array_equal(pseudo_mask(decode_rgb(data)), glyphs)
+
+
+def stencil(ink: int) -> tuple[Image.Image, np.ndarray]:
+    """Opaque text on a transparent ground of the same colour, and which pixels it covers."""
+    glyphs = word(0, 0)[1]
+    picture = np.full((*glyphs.shape, 4), ink, np.uint8)
+    picture[..., 3] = glyphs * 255
+    return Image.fromarray(picture), glyphs
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "jpeg"])
+def test_the_black_of_a_cmyk_tiff_is_no_transparency(compression: str | None) -> None:
+    data = encode(Image.fromarray(smooth()).convert("CMYK"), "TIFF", compression=compression)
+    assert np.array_equal(decode_rgb(data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB))
+
+
+def test_floats_with_alpha_are_named() -> None:
+    with pytest.raises(UndecodableImage):
+        decode_rgb(cv2.imencode(".tiff", np.full((8, 8, 4), 200, np.float32))[1].tobytes())
+
+
 def test_opaque_alpha_changes_nothing_and_a_transparent_palette_is_read() -> None:
     pixels = smooth()
     opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
@@ -185,10 +231,13 @@ def test_opaque_alpha_changes_nothing_and_a_transparent_palette_is_read() -> Non
     assert decode_rgb(palette).shape == pixels.shape
 
 
-def test_the_orientation_tag_is_left_alone() -> None:
+def test_the_orientation_tag_is_left_alone_unless_asked() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90°
-    assert decode_rgb(encode(Image.fromarray(smooth()), "JPEG", exif=exif)).shape == (24, 60, 3)
+    pixels = smooth()
+    data = encode(Image.fromarray(pixels), "JPEG", exif=exif, quality=95)
+    assert decode_rgb(data).shape == (24, 60, 3)
+    assert np.abs(decode_rgb(data, upright=True).astype(int) - np.rot90(pixels, -1)).mean() < 4
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -206,8 +255,20 @@ def test_what_is_cut_or_no_image_is_named(kind: str) -> None:
             decode_rgb(broken)
 
 
+def test_too_many_pixels_is_the_reason_given() -> None:
+    with pytest.raises(UndecodableImage, match=r"^too many pixels$"):
+        decode_rgb(b"P6 40000 40000 255\n" + bytes(100))
+
+
+def test_opencv_itself_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    data = encode(Image.fromarray(smooth()), "TIFF")
+    with pytest.raises(UndecodableImage):
+        decode_rgb(data[: len(data) // 2])
+    assert capfd.readouterr().err == ""
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=64), st.integers(0, 10_000), st.sampled_from(["PNG", "JPEG", "WEBP"]))
+@given(st.binary(max_size=64), st.integers(0, 10_000), st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "GIF"]))
 def test_mutated_bytes_give_an_image_or_the_named_error(noise: bytes, place: int, kind: str) -> None:
     data = bytearray(encode(Image.fromarray(smooth()), kind))
     start = place % len(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import words
 from conftest import Tiny
+from PIL import Image
 
 from ccd_train import read
 from ccd_train.errors import FINISHED, REFUSED, UserError
@@ -88,6 +90,29 @@ def test_every_kind_of_pixels_is_read(export: Path, tmp_path: Path, capsys: Outp
     assert len(capsys.readouterr().out.splitlines()) == len(kinds)
 
 
+def test_a_photo_on_its_side_is_turned_upright(export: Path, folder: Path, capsys: Output) -> None:
+    upright = Image.open(folder / "0.JPG").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90° clockwise
+    upright.save(folder / "plain.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    names = [str(folder / f"{name}.png") for name in ("plain", "turned")]
+    assert read.main(["--weights", str(export), *names, "--json"]) == FINISHED
+    plain, turned = (json.loads(line)["characters"] for line in capsys.readouterr().out.splitlines())
+    assert plain == pytest.approx(turned, abs=2e-6)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_names_that_are_not_utf8_can_be_printed(export: Path, folder: Path, arguments: list[str]) -> None:
+    os.rename(folder / "0.JPG", os.fsencode(folder) + b"/\xff.JPG")
+    command = [sys.executable, "-m", "ccd_train", "read", "--weights", str(export), str(folder), *arguments]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=strict, check=True)
+    last = done.stdout.splitlines()[-1]
+    name = json.loads(last)["image"] if arguments else last.split("\t")[0]
+    assert Path(name).name == "\\udcff.JPG"
+
+
 def test_a_batch_reads_as_its_images_alone(tiny: Tiny) -> None:
     reader, contents = Reader(words.small()), words.images(tiny.lmdb, 6)
     contents[2] = b"damaged"
@@ -106,6 +131,7 @@ def test_a_batch_reads_as_its_images_alone(tiny: Tiny) -> None:
     [
         ([], "name an image or a folder"),
         (["missing.png"], "missing.png: no such file"),
+        (["x" * 300], "x: File name too long; name an image"),
         (["empty"], "empty: no image in or below this folder"),
         (["notes.txt", "--charset", "37"], "charset 37: no such name"),
         (["notes.txt", "--charset", "DICT90"], "reads charset 62 .* not charset DICT90"),

@@ -19,24 +19,30 @@ Array = np.ndarray
 
 # The orientation in EXIF is left alone, as readers of this field's LMDBs do: stored masks lie on the stored pixels.
 DECODE_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+# TIFF in both byte orders, GIF and JPEG 2000: where their transparency is noted has no fixed place.
+MAYBE_TRANSPARENT = (b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
 KMEANS_RUNS = 20  # scipy's default, which the official code uses
 KMEANS_STOP = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 1e-3)
+
+# What OpenCV logs about damaged images does not say which; UndecodableImage reaches those who can name them.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class UndecodableImage(Exception):  # noqa: N818
     """The bytes are no image that OpenCV can read to its end."""
 
 
-def decode_rgb(data: bytes) -> Array:
+def decode_rgb(data: bytes, upright: bool = False) -> Array:
     """The crop as uint8 [H, W, 3], RGB. Grey, palette, 16-bit and CMYK are converted, transparency is filled.
 
-    Raises UndecodableImage.
+    `upright` turns it as its EXIF says, unless it is transparent. Raises UndecodableImage.
     """
     if _may_be_transparent(data):
         image = _decode(data, cv2.IMREAD_UNCHANGED)
-        if image.ndim == 3 and image.shape[2] == 4:
+        if image.ndim == 3 and image.shape[2] == 4 and image.dtype in (np.uint8, np.uint16):  # TIFF may hold floats
             return _fill_transparency(image)
-    return _decode(data, DECODE_RGB)
+    return _decode(data, cv2.IMREAD_COLOR_RGB if upright else DECODE_RGB)
 
 
 def decode_mask(data: bytes) -> Array:
@@ -83,18 +89,27 @@ def _decode(data: bytes, flags: int) -> Array:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:  # sizes beyond OpenCV's limits
-        raise UndecodableImage(str(error.err)) from error
+        reason = "too many pixels" if "CV_IO_MAX_IMAGE" in error.err else str(error.err)
+        raise UndecodableImage(reason) from error
     if image is None:
         raise UndecodableImage("not an image, or cut off")
     return np.asarray(image)
 
 
 def _may_be_transparent(data: bytes) -> bool:
-    """Whether these are the bytes of a PNG with an alpha channel or a transparent colour (PNG, 11.2–11.3)."""
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
+    """Whether the header says alpha or a transparent colour, or is of a kind where only decoding tells.
+
+    PNG 11.2–11.3; WebP: RFC 9649, 2.7 (VP8X) and 3.4 (VP8L).
+    """
+    if data[:2] == JPEG or len(data) < 33:
         return False
-    colour_type = data[25]
-    return colour_type in (4, 6) or b"tRNS" in data[33 : max(33, data.find(b"IDAT"))]
+    if data[:8] == PNG:
+        colour_type = data[25]
+        return colour_type in (4, 6) or b"tRNS" in data[33 : max(33, data.find(b"IDAT"))]
+    if data[8:12] == b"WEBP":
+        flags = {b"VP8X": data[20], b"VP8L": data[24]}.get(data[12:16], 0)
+        return bool(flags & 0x10)
+    return data.startswith(MAYBE_TRANSPARENT)
 
 
 def _fill_transparency(image: Array) -> Array:
