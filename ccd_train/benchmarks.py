@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +44,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "occluded": ("HOST", "WOST"),
     "eleven": (*_OFFICIAL, "COCOText", "CTW", "TotalText", "HOST", "WOST"),
 }
+# The smaller size of a set is a selection of the words of the larger one.
+SELECTIONS = {"IC13_857": "IC13_1015", "IC15_1811": "IC15_2077"}
 
 
 class Set(NamedTuple):
@@ -107,12 +109,25 @@ def find_sets(folder: Path, names: Sequence[str] = ()) -> list[Set]:
     return [Set(name, found[name]) for name in chosen]
 
 
-def refuse_unlabelled(sets: Sequence[Set]) -> None:
-    """UserError for the first of the sets in which no record has a label."""
+def refuse_unusable(sets: Sequence[Set]) -> None:
+    """UserError for the first of the sets whose number of records or a label is wrong, or in which nothing has a label.
+
+    Reads every label, which takes a moment, and no image.
+    """
     for one in sets:
         with LmdbReader(one.path) as reader:
-            if not reader.has("label"):
-                raise UserError(f"{one.path}: no labels (label-%09d) to compare with; leave it out by --sets")
+            labels = [reader.label(number) for number in range(1, len(reader) + 1)]
+        if not any(label is not None for label in labels):
+            raise UserError(f"{one.path}: no labels (label-%09d) to compare with; leave it out by --sets")
+
+
+def twice(names: Collection[str]) -> list[str]:
+    """A warning for each two sets of which one is a part of the other: an average over both counts its words twice."""
+    return [
+        f"average all counts the words of {small} twice, which are among those of {large}; leave one out by --sets"
+        for small, large in SELECTIONS.items()
+        if small in names and large in names
+    ]
 
 
 def other_size(name: str, words: int) -> str | None:

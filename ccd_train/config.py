@@ -125,34 +125,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Recognizer:
-    """What fine-tuning puts behind the backbone: an MLP and an autoregressive transformer decoder."""
-
-    layers: int = 6
-    """Layers of the decoder."""
-    width: int = 512
-    """Channels of every token in the decoder."""
-    heads: int = 8
-    """Attention heads of the decoder; must divide its width."""
-    hidden: int = 256
-    """Width of the hidden layer in the decoder's MLPs."""
-    encoder_hidden: int = 512
-    """Width of the hidden layer in the MLP between backbone and decoder."""
-    dropout: float = 0.1
-    """In the MLP and the decoder, while training."""
-    length: int = 25
-    """Tokens of a word, its beginning and end among them: longer labels are cut."""
-
-    def check(self) -> None:
-        for name in ("layers", "heads", "hidden", "encoder_hidden"):
-            require(getattr(self, name) >= 1, f"recognizer.{name}", getattr(self, name), "must be 1 or more")
-        fits = self.width >= 2 and self.width % self.heads == 0
-        require(fits, "recognizer.width", self.width, f"must be a multiple of recognizer.heads = {self.heads}")
-        require(0 <= self.dropout < 1, "recognizer.dropout", self.dropout, "must lie in [0, 1)")
-        require(self.length >= 3, "recognizer.length", self.length, "must be 3 or more")
-
-
-@dataclass(frozen=True)
 class Distillation:
     student_temperature: float = 0.1
     """Divides the student's logits."""
@@ -363,6 +335,7 @@ class RunConfig:
     def check(self) -> None:
         """Raises UserError for the first value that is impossible, before any other work."""
         require(self.run_dir is not None, "run_dir", self.run_dir, "name the folder of the run: --run_dir DIR")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "must be 1 or more")
         positive = self.max_minutes is None or self.max_minutes > 0
         require(positive, "max_minutes", self.max_minutes, "must be positive")

@@ -15,8 +15,8 @@ from typing import Literal
 from ccd_train import budget
 from ccd_train.budget import GPUS, Seconds
 from ccd_train.config import Config, require
-from ccd_train.engine import read_deepspeed_file
-from ccd_train.metrics import duration
+from ccd_train.deepspeed_file import read_deepspeed_file
+from ccd_train.durations import duration
 from ccd_train.options import parse
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

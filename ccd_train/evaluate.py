@@ -4,7 +4,8 @@
     ccd-train evaluate --weights W --data DIR --sets IIIT5k_3000 SVT --rule case          some of them, another rule
 
 Prints a Markdown table, and writes it beside the same as JSON and a page of the worst errors (table.md, table.json,
-errors.html). An image that cannot be read counts as a wrong word.
+errors.html). An image that cannot be read counts as a wrong word. Where a set turns out to be damaged only as it is
+read, those before it are printed and written before the error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from ccd_train import mistakes, recognizers
-from ccd_train.benchmarks import GROUPS, PUBLISHED, Set, Word, Words, find_sets, other_size, refuse_unlabelled
+from ccd_train.benchmarks import GROUPS, PUBLISHED, Set, Word, Words, find_sets, other_size, refuse_unusable, twice
 from ccd_train.config import require
 from ccd_train.errors import FINISHED, UserError
 from ccd_train.files import digest, replace_file, write_json
@@ -125,6 +126,20 @@ def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: in
     return result, sorted(worst, reverse=True)
 
 
+def evaluate_all(
+    reader: Reader, chosen: Sequence[Set], options: Options
+) -> tuple[list[tuple[Set, Result, list[Mistake]]], UserError | None]:
+    """What came out on each set, up to the first that turns out to be damaged, and the error of that one."""
+    done: list[tuple[Set, Result, list[Mistake]]] = []
+    for one in chosen:
+        try:
+            result, worst = evaluate(reader, one, options.rule, options.batch_size, options.errors)
+        except UserError as damage:  # the sets before it may be hours of work
+            return done, damage
+        done.append((one, result, worst))
+    return done, None
+
+
 def averages(results: Sequence[Result]) -> list[Average]:
     """Over the usual groups of which all sets are there, and over everything."""
     by_name = {result.name: result for result in results}
@@ -133,8 +148,8 @@ def averages(results: Sequence[Result]) -> list[Average]:
     return [_average(name, [by_name[member] for member in sets]) for name, sets in groups.items()]
 
 
-def table(trained: Trained, sha256: str, rule: str, results: Sequence[Result]) -> str:
-    """Everything that makes the figures comparable, as Markdown."""
+def table(trained: Trained, sha256: str, rule: str, results: Sequence[Result], missing: Sequence[str] = ()) -> str:
+    """Everything that makes the figures comparable, as Markdown. `missing`: the chosen sets that have no result."""
     lines = [
         "| set | words | published | accuracy | 1 − NED | unreadable | without label | sha256 |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -157,13 +172,15 @@ def table(trained: Trained, sha256: str, rule: str, results: Sequence[Result]) -
         )
     lines += ["", f"- weights: {trained.origin} (sha256 {sha256[:12]})"]
     lines += [f"- charset: {_charset(trained)}", f"- rule `{rule}`: {MEANING[rule]}"]
-    lines += [f"- warning: {warning}" for warning in warnings(results, rule)]
+    lines += [f"- warning: {warning}" for warning in warnings(results, rule, missing)]
     return "\n".join(lines) + "\n"
 
 
-def warnings(results: Sequence[Result], rule: str) -> list[str]:
+def warnings(results: Sequence[Result], rule: str, missing: Sequence[str] = ()) -> list[str]:
     """What stands in the way of comparing the figures: sizes, unreadable images, labels that the rule empties."""
-    found = [warning for result in results if (warning := other_size(result.name, result.words))]
+    found = [f"without {', '.join(missing)}: ended by a damaged set"] if missing else []
+    found += [warning for result in results if (warning := other_size(result.name, result.words))]
+    found += twice([result.name for result in results])
     for result in results:
         if result.unreadable:
             found.append(f"{result.name}: {result.unreadable} images cannot be read; they count as wrong")
@@ -176,7 +193,9 @@ def warnings(results: Sequence[Result], rule: str) -> list[str]:
     return found
 
 
-def record(trained: Trained, sha256: str, rule: str, results: Sequence[Result]) -> dict[str, Any]:
+def record(
+    trained: Trained, sha256: str, rule: str, results: Sequence[Result], missing: Sequence[str] = ()
+) -> dict[str, Any]:
     """The same as plain values."""
     return {
         "weights": trained.origin,
@@ -186,7 +205,7 @@ def record(trained: Trained, sha256: str, rule: str, results: Sequence[Result]) 
         "rule": rule,
         "sets": [vars(result) | {"accuracy": result.accuracy} for result in results],
         "averages": [vars(average) for average in averages(results)],
-        "warnings": warnings(results, rule),
+        "warnings": warnings(results, rule, missing),
     }
 
 
@@ -214,7 +233,7 @@ def main(argv: list[str]) -> int:
     options.check()
     assert options.data is not None
     chosen = find_sets(options.data, options.sets)
-    refuse_unlabelled(chosen)
+    refuse_unusable(chosen)
     trained, reader, sha256 = open_known(options)
     folder = options.folder()
     try:
@@ -222,21 +241,34 @@ def main(argv: list[str]) -> int:
         tempfile.TemporaryFile(dir=folder).close()  # not only after an hour of reading
     except OSError as error:
         raise _unwritable(folder, error) from None
-    results, errors = [], []
-    for one in chosen:
-        result, worst = evaluate(reader, one, options.rule, options.batch_size, options.errors)
-        results.append(result)
-        errors.append((one, result, worst))
-    text = table(trained, sha256, options.rule, results)
+    done, damage = evaluate_all(reader, chosen, options)
+    if done:
+        missing = [one.name for one in chosen[len(done) :]]
+        publish(folder, trained, sha256, options.rule, done, missing)
+    if damage is not None:
+        raise damage
+    return FINISHED
+
+
+def publish(
+    folder: Path,
+    trained: Trained,
+    sha256: str,
+    rule: str,
+    done: Sequence[tuple[Set, Result, list[Mistake]]],
+    missing: Sequence[str],
+) -> None:
+    """Prints the table and writes the three files. UserError where they cannot be written."""
+    results = [result for _, result, _ in done]
+    text = table(trained, sha256, rule, results, missing)
     print(text, flush=True)
     try:
         replace_file(folder / "table.md", text.encode())
-        write_json(folder / "table.json", record(trained, sha256, options.rule, results))
-        mistakes.write_page(folder / "errors.html", f"Errors of {trained.origin}, rule {options.rule}", errors)
+        write_json(folder / "table.json", record(trained, sha256, rule, results, missing))
+        mistakes.write_page(folder / "errors.html", f"Errors of {trained.origin}, rule {rule}", done)
     except OSError as error:
         raise _unwritable(folder, error) from None
-    print(f"{folder}: table.md, table.json, errors.html")
-    return FINISHED
+    print(f"{folder}: table.md, table.json, errors.html", flush=True)
 
 
 def _batches(words: Iterator[Word], size: int) -> Iterator[list[Word]]:

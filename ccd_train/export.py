@@ -31,6 +31,12 @@ from ccd_train.errors import FINISHED, UserError
 from ccd_train.options import parse
 from ccd_train.reading import Source
 
+FORMATS_OF = {  # the formats that are written into a file of this suffix
+    ".onnx": ("onnx",),
+    ".pt": ("torchscript", "weights"),
+    ".pth": ("weights",),
+    ".safetensors": ("weights", "backbone"),
+}
 RECIPE = ("augment", "affine", "distillation", "optimizer")  # sections that go with exported weights
 
 
@@ -53,9 +59,18 @@ class Export(Source):
     def check(self) -> None:
         super().check()
         assert self.weights is not None
+        there = self.weights.exists()
+        require(there, "weights", self.weights, "no such file or folder; name a run, a checkpoint, an export or a .pth")
         if self.out is None and (self.format != "weights" or not (self.weights / "checkpoints").is_dir()):
             what = f"--format {self.format}" if self.format != "weights" else f"--weights {self.weights} is no run: it"
             raise UserError(f"{what} needs a place: say where to write with --out")
+        suffix = self.out.suffix if self.out is not None else ""
+        fitting = FORMATS_OF.get(suffix, (self.format,))
+        if self.format not in fitting:
+            raise UserError(
+                f"{self.out}: a {suffix} file is for --format {' or '.join(fitting)}, not for --format {self.format}; "
+                "give that one, or another --out"
+            )
 
 
 def at_step(run_dir: Path, step: int) -> Path:
@@ -98,6 +113,8 @@ def main(argv: list[str]) -> int:
     elif out.suffix in (".pth", ".pt"):
         residual = weights.write_official(out, found, options.lossy)
         print(f"{out}: official layout; its position embedding is off by {residual:.2g} of its length")
+    elif out.suffix == ".safetensors":
+        raise UserError(f"{out}: a pretraining fills a folder; give one, or --format backbone for its ViT in one file")
     else:
         weights.write_export(out, found, about(chosen))
         print(f"{out}: teacher.safetensors, student.safetensors, {weights.CONFIG}")
@@ -107,18 +124,25 @@ def main(argv: list[str]) -> int:
 def _export_recognizer(options: Export) -> int:
     trained = options.open()
     assert options.weights is not None
-    out, note = options.out or options.weights / "export", ""
+    out = options.out or options.weights / "export"
+    what, note = f"the recogniser of {trained.origin}, {len(trained.charset.characters)} characters", ""
+    if options.format == "onnx":
+        weights.refuse_unwritable(out)  # not only after minutes of work
     if options.format == "backbone":
         weights.write_backbone(out, trained.state, trained.model)
+        what = f"the ViT of the recogniser of {trained.origin}"
     elif options.format == "onnx":
         checked = portable.write_onnx(out, trained)
         note = "; reads as the live model" if checked else "; NOT checked against the live model: no onnxruntime here"
     elif options.format == "torchscript":
         portable.write_torchscript(out, trained)
     elif out.suffix in (".pth", ".pt"):
-        raise UserError(f"{out}: a recogniser is not written in the official layout; give a .safetensors or a folder")
+        raise UserError(
+            f"{out}: a recogniser is not written in the official layout; give a .safetensors or a folder, "
+            "or --format torchscript with a .pt"
+        )
     else:
         out = out if out.suffix == ".safetensors" else out / recognizers.FILE
         recognizers.write(out, trained)
-    print(f"{out}: the recogniser of {trained.origin}, {len(trained.charset.characters)} characters{note}")
+    print(f"{out}: {what}{note}")
     return FINISHED

@@ -75,8 +75,8 @@ def train_step(run: Tuning) -> Step:
     run.watch.at(step, "update")
     norms = engine.gradient_norms()
     written = run.pending is not None and run.pending.written()
-    flags = torch.tensor([float(run.stop.wanted()), float(written)]).to(device, non_blocking=True)
-    sums = torch.cat([loss_sum[None], norms.square().sum()[None], flags])
+    counts = torch.tensor([float(run.stop.wanted()), float(written), float(run.batches.damaged)])
+    sums = torch.cat([loss_sum[None], norms.square().sum()[None], counts.to(device, non_blocking=True)])
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
     if finite and config.optimizer.clip_gradient:
@@ -103,7 +103,7 @@ def figures_of(run: Tuning, lr: float, totals: list[float]) -> dict[str, float]:
         "grad_norm": math.sqrt(totals[1] / ranks) if math.isfinite(totals[1]) else math.nan,
         "loss_scale": run.engine.loss_scale,
         "skipped_steps": progress.skipped_steps,
-        "damaged_samples": run.batches.damaged,
+        "damaged_samples": int(totals[4]),
     }
 
 
@@ -111,16 +111,17 @@ def figures_of(run: Tuning, lr: float, totals: list[float]) -> dict[str, float]:
 def validate(run: Tuning) -> dict[str, float]:
     """Has the ranks share the validation words, read them, and keep the weights where they are the best so far."""
     words, device, ranks = run.valid.num_samples, distributed.device(), distributed.world_size()
+    began = time.monotonic()
     run.copy.update(0.0)
     network = run.copy.ready()
     count = min(READ_AT_ONCE, -(-words // ranks))
-    seen, right = 0, dict.fromkeys(RULES, 0)
+    seen, unreadable, right = 0, 0, dict.fromkeys(RULES, 0)
     loss = torch.zeros(2, dtype=torch.float64, device=device)  # its sum over tokens, and their number
     with loader(
         run.valid, Order(run.valid.shard_samples, 0, run.config.data.window_shards), start_position=0,
         end_position=words, global_batch_size=count * ranks, micro_batch_size=count, rank=distributed.rank(),
         world_size=ranks, workers=run.config.data.workers, mask_mode=None, with_labels=True,
-        max_damaged=run.config.data.max_damaged,
+        max_damaged=1.0,  # they are words that are not read right
     ) as batches:  # fmt: skip
         for batch in batches:
             run.watch.at(run.progress.step, "validation")
@@ -131,18 +132,22 @@ def validate(run: Tuning) -> dict[str, float]:
             read = decoding.decode(network.decoder, memory).tokens.tolist()
             for row, (tokens, label, epoch) in enumerate(zip(read, batch.labels, batch.epochs.tolist(), strict=True)):
                 if epoch == 0:  # the last batch goes on at the beginning
-                    text, seen = run.charset.decode(tokens), seen + 1
+                    text, seen, replaced = run.charset.decode(tokens), seen + 1, row in batch.replaced
+                    unreadable += replaced
                     for rule in RULES:  # a word whose image cannot be read is not read right
-                        right[rule] += row not in batch.replaced and same(text, label or "", rule)
+                        right[rule] += not replaced and same(text, label or "", rule)
             targets[batch.epochs.to(device) > 0, 1:] = run.charset.padding
+            targets[list(batch.replaced), 1:] = run.charset.padding  # another word stands in its place
             number = (targets[:, 1:] != run.charset.padding).sum()
             loss += torch.stack([recognition_loss(network.decoder(memory, targets[:, :-1]), targets) * number, number])
-    sums = torch.tensor([seen, *right.values()], dtype=torch.float64, device=device)
-    loss_sum, tokens_seen, total, *counts = distributed.all_reduce_sum(torch.cat([loss, sums])).tolist()
+    sums = torch.tensor([seen, unreadable, *right.values()], dtype=torch.float64, device=device)
+    loss_sum, tokens_seen, total, lost, *counts = distributed.all_reduce_sum(torch.cat([loss, sums])).tolist()
     accuracy = {rule: count / total for rule, count in zip(RULES, counts, strict=True)}
     run.judge(accuracy[run.config.valid.rule])
     figures = {f"valid_{rule}": value for rule, value in accuracy.items()}
-    return {**figures, "valid_best": run.progress.best, "valid_loss": loss_sum / tokens_seen}
+    run.stop.validation_seconds = max(run.stop.validation_seconds, time.monotonic() - began)
+    mean, best = loss_sum / max(tokens_seen, 1), max(run.progress.best, accuracy[run.config.valid.rule])
+    return {**figures, "valid_best": best, "valid_loss": mean, "valid_unreadable": lost}
 
 
 def train(run: Tuning, metrics: Metrics | None) -> bool:
@@ -176,11 +181,16 @@ def live(config: FineTuning) -> tuple[int, str]:
     run = begin(config)
     with guarded(run) as metrics:
         code, message = ended(run, train(run, metrics))
-    if run.progress.best_step:
-        message += (
-            f"; {run.progress.best:.2%} of the validation words right at best, after step {run.progress.best_step}"
-        )
-    return code, message
+    return code, message + remarks(run)
+
+
+def remarks(run: Tuning) -> str:
+    """What there is to say beside how a life ended."""
+    progress, patience = run.progress, run.config.valid.patience
+    text = f"; no better validation in {patience} (--valid.patience)" if 0 < patience <= progress.stale else ""
+    if progress.best_step:
+        text += f"; {progress.best:.2%} of the validation words right at best, after step {progress.best_step}"
+    return text
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ccd_train.config import Model, Recognizer, RunConfig, Train, require
+from ccd_train.config import Model, RunConfig, Train, require
 from ccd_train.severities import Augment
 
 SCRATCH = Path("scratch")
@@ -40,6 +40,38 @@ class Words:
         require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
         require(self.window_shards >= 1, "data.window_shards", self.window_shards, "must be 1 or more")
         require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """What fine-tuning puts behind the backbone: an MLP and an autoregressive transformer decoder."""
+
+    layers: int = 6
+    """Layers of the decoder."""
+    width: int = 512
+    """Channels of every token in the decoder."""
+    heads: int = 8
+    """Attention heads of the decoder; must divide its width."""
+    hidden: int = 256
+    """Width of the hidden layer in the decoder's MLPs."""
+    encoder_hidden: int = 512
+    """Width of the hidden layer in the MLP between backbone and decoder."""
+    dropout: float = 0.1
+    """In the MLP and the decoder, while training."""
+    length: int = 25
+    """Tokens of a word, its beginning and end among them: longer labels are cut."""
+    place_codes: bool = False
+    """Add fixed sines of row and column to the image's tokens: the decoder finds its way sooner (official: no)."""
+
+    def check(self) -> None:
+        for name in ("layers", "heads", "hidden", "encoder_hidden"):
+            require(getattr(self, name) >= 1, f"recognizer.{name}", getattr(self, name), "must be 1 or more")
+        fits = self.width >= 2 and self.width % self.heads == 0
+        require(fits, "recognizer.width", self.width, f"must be a multiple of recognizer.heads = {self.heads}")
+        fits = self.width % 4 == 0 or not self.place_codes
+        require(fits, "recognizer.width", self.width, "must be a multiple of 4 for recognizer.place_codes")
+        require(0 <= self.dropout < 1, "recognizer.dropout", self.dropout, "must lie in [0, 1)")
+        require(self.length >= 3, "recognizer.length", self.length, "must be 3 or more")
 
 
 @dataclass(frozen=True)

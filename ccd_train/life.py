@@ -45,6 +45,8 @@ class Stop:
         self._signal: str | None = None
         self.save_seconds = 0.0
         """What the longest save so far took; twice as much is kept for the last one."""
+        self.validation_seconds = 0.0
+        """What the longest validation so far took, if there are any: one may come before the last save."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
 
@@ -60,7 +62,8 @@ class Stop:
         return self._signal or ("--max-minutes is nearly over" if self._time_is_over() else "another rank was asked to")
 
     def _time_is_over(self) -> bool:
-        return self._deadline is not None and time.monotonic() + 2 * self.save_seconds >= self._deadline
+        margin = 2 * self.save_seconds + self.validation_seconds
+        return self._deadline is not None and time.monotonic() + margin >= self._deadline
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number).name

@@ -24,6 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ccd_train.durations import duration
 from ccd_train.errors import UserError
 from ccd_train.files import replace_file
 from ccd_train.health import Alarm
@@ -145,17 +146,6 @@ def append_line(path: Path, values: Mapping[str, object]) -> None:
         except OSError:
             os.truncate(file.fileno(), before)
             raise
-
-
-def duration(seconds: float) -> str:
-    """5 s, 12 min, 3 h 20 min, 4 d 6 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
 def join_wandb(project: str, run_dir: Path) -> Any:

@@ -106,7 +106,7 @@ def train_step(run: Run, logged: bool) -> Step:
     engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
     moving = [center.value, *engine.student.buffers()]  # what a forward pass changes: a skipped step gives it back
     before = [value.clone() for value in moving]
-    sums = torch.zeros(6, device=distributed.device())
+    sums = torch.zeros(7, device=distributed.device())
     for micro_step in range(run.accumulation):
         began = time.monotonic()
         run.watch.at(step, "data")
@@ -130,6 +130,7 @@ def train_step(run: Run, logged: bool) -> Step:
     norms = engine.gradient_norms()
     sums[3], sums[4] = norms.square().sum(), run.stop.wanted()
     sums[5] = run.pending is not None and run.pending.written()
+    sums[6] = run.batches.damaged
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
     if finite and config.optimizer.clip_gradient:
@@ -165,7 +166,7 @@ def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
         "characters": totals[2] / run.global_batch,
         "loss_scale": run.engine.loss_scale,
         "skipped_steps": progress.skipped_steps,
-        "damaged_samples": run.batches.damaged,
+        "damaged_samples": int(totals[6]),
         "regions_from_student": float(now.regions_from_student),
     }
 

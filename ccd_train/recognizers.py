@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 from safetensors.torch import save
 
-from ccd_train import config
+from ccd_train import config, finetuning
 from ccd_train.charset import NAMED, Charset, read_charset
 from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer
@@ -66,7 +66,7 @@ class Trained:
 
     model: config.Model
     """Of which only the backbone's sizes count."""
-    sizes: config.Recognizer
+    sizes: finetuning.Recognizer
     charset: Charset
     state: State
     about: dict[str, Any]
@@ -98,7 +98,7 @@ def read(
     charset: Charset | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    length: int = config.Recognizer.length,
+    length: int = finetuning.Recognizer.length,
 ) -> Trained:
     """A recogniser from a run folder (its best), an export (file or folder) or an official .pth. Raises UserError.
 
@@ -132,16 +132,16 @@ def find(path: Path) -> Path:
 
 
 def is_recognizer(path: Path) -> bool:
-    """Whether there is a recogniser here, rather than a pretraining or nothing. UserError for a damaged .pth."""
+    """Whether there is a recogniser here, rather than a pretraining or nothing. UserError for a damaged file."""
     if path.suffix in (".pth", ".pt"):
         return path.is_file() and "net" in read_tensors(path)
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or not path.is_file():
         return any((path / place).is_file() for place in PLACES)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, safetensors.SafetensorError):
-        return False
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy it again, or export it again") from None
 
 
 def read_export(path: Path) -> Trained:
@@ -156,7 +156,7 @@ def read_export(path: Path) -> Trained:
         raise UserError(f"{path}: no recogniser (its format is {metadata.get('format')!r}); {_FINE_TUNE}")
     values = _values(path, metadata)
     model = from_dict(config.Model, values["model"], str(path), "model.")
-    sizes = from_dict(config.Recognizer, values["recognizer"], str(path), "recognizer.")
+    sizes = from_dict(finetuning.Recognizer, values["recognizer"], str(path), "recognizer.")
     config.require(
         model.heads >= 1 and model.width % model.heads == 0,
         "model.heads",
@@ -175,7 +175,7 @@ def read_official(
     charset: Charset | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    length: int = config.Recognizer.length,
+    length: int = finetuning.Recognizer.length,
 ) -> Trained:
     """An official fine-tuned checkpoint as ours. Raises UserError."""
     checkpoint = read_tensors(path)
@@ -231,7 +231,7 @@ def _official_name(name: str) -> str:
 
 def _official_sizes(
     official: State, heads: int | None, decoder_heads: int | None, length: int, path: Path
-) -> tuple[config.Model, config.Recognizer, int]:
+) -> tuple[config.Model, finetuning.Recognizer, int]:
     """What the shapes of an official recogniser tell, and its classes."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
@@ -245,6 +245,8 @@ def _official_sizes(
         return max((int(match[1]) + 1 for name in official if (match := re.match(pattern, name))), default=0)
 
     def divided(width: int, given: int | None, what: str, option: str) -> int:
+        if given and width % given:
+            raise UserError(f"{path}: {option} {given} does not divide its {what}'s width {width}; give a divisor")
         number = given or width // OFFICIAL_HEAD_WIDTH
         if number < 1 or width % number or (given is None and width % OFFICIAL_HEAD_WIDTH):
             raise UserError(f"{path}: its {what} has width {width}; say how many attention heads share it: {option} N")
@@ -257,7 +259,7 @@ def _official_sizes(
         depth=counted(r"backbone\.blocks\.(\d+)\."),
         heads=divided(width, heads, "backbone", "--heads"),
     )
-    sizes = config.Recognizer(
+    sizes = finetuning.Recognizer(
         layers=counted(r"decoder\.layer_stack\.(\d+)\."),
         width=channels,
         heads=divided(channels, decoder_heads, "decoder", "--decoder_heads"),
@@ -268,5 +270,5 @@ def _official_sizes(
     return model, sizes, classes
 
 
-def _shapes(model: config.Model, sizes: config.Recognizer, charset: Charset) -> dict[str, tuple[int, ...]]:
+def _shapes(model: config.Model, sizes: finetuning.Recognizer, charset: Charset) -> dict[str, tuple[int, ...]]:
     return shapes_of(lambda: Recognizer(model, sizes, charset.classes))

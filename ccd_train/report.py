@@ -23,10 +23,10 @@ import numpy as np
 from ccd_train.budget import GPUS, training_flops
 from ccd_train.charts import COLORS, Line, Mark, chart, number
 from ccd_train.config import Config
+from ccd_train.durations import duration
 from ccd_train.errors import UserError
 from ccd_train.files import replace_file
 from ccd_train.history import History, read_history
-from ccd_train.metrics import duration
 
 # Figures that share a chart of one run; whatever else is logged gets a chart of its own.
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -80,13 +80,14 @@ def begin(config: Config) -> Run:
         stage=config.data.stage,
         stage_gb=config.data.stage_gb,
     )
+    home.take()
     return Run(config, home, corpus, engine, batches, progress, teacher, center)
 
 
 def start_from(path: Path, config: Config, student: ccd.Student) -> None:
     """Gives a new run the student's weights of another one; UserError where the networks differ."""
     found = checkpoint.open_weights(path, config.model.heads)
-    # a path through the network and what stochastic depth leaves out of it are no matter of its weights
-    free = ("drop_path", "freeze_gain")
+    # what stochastic depth leaves out, what stands still and how it began are no matter of the weights
+    free = ("drop_path", "freeze_gain", "initial_std", "contrast_std")
     refuse_other("model", path, to_dict(found.model), to_dict(config.model), "give the model's own settings", free)
     weights.load(student, found.student, found.origin)

@@ -22,7 +22,8 @@ from torch import Tensor
 from ccd_train import checkpoint, distributed
 from ccd_train.config import RunConfig
 from ccd_train.data.loader import Batches
-from ccd_train.engine import Engine, read_deepspeed_file
+from ccd_train.deepspeed_file import read_deepspeed_file
+from ccd_train.engine import Engine
 from ccd_train.errors import (
     FAILED,
     FINISHED,
@@ -82,8 +83,10 @@ class Home:
         self.facts: dict[str, str] = {}
         self.global_batch = 0
         """Samples of a step, over all ranks and micro-batches."""
+        self.schedule_steps = 0
+        """Where the schedules end."""
         self.last_step = 0
-        """Where the run ends: at the end of the schedules, or at --max-steps."""
+        """Where the run ends: there, or at --max-steps."""
         self.found: Path | None = None
         """The checkpoint to go on from."""
 
@@ -97,12 +100,17 @@ class Home:
             claimed = claim(self.run_dir, config, facts, config.train.global_batch_size)
             self.global_batch = claimed or config.train.micro_batch_size * distributed.world_size()
             check_batches(config, self.global_batch)
-        steps = -(-config.train.total_samples // self.global_batch)
+        self.schedule_steps = steps = -(-config.train.total_samples // self.global_batch)
         self.last_step = steps if config.max_steps is None else min(steps, config.max_steps)
         self.found = find(self.run_dir, config)
         if self.found is not None:
-            self.stop.save_seconds = checkpoint.read_state(self.found).get("save_seconds", 0.0)
-        describe_run(self.run_dir, config, facts, self.global_batch)
+            state = checkpoint.read_state(self.found)
+            self.stop.save_seconds = state.get("save_seconds", 0.0)
+            self.stop.validation_seconds = state.get("validation_seconds", 0.0)
+
+    def take(self) -> None:
+        """Makes the folder this run's (all ranks together). Once the run is built: a refused start takes no folder."""
+        describe_run(self.run_dir, self.config, self.facts, self.global_batch)
 
     @property
     def accumulation(self) -> int:
@@ -186,6 +194,7 @@ class Training:
             "deepspeed": self.engine.description,
             "loss_scale": self.engine.loss_scale,
             "save_seconds": self.stop.save_seconds,
+            "validation_seconds": self.stop.validation_seconds,
             "settings": to_dict(self.home.config),
         }
         self.pending = checkpoint.Save(self.run_dir, self.engine, self._beside, description)

@@ -42,6 +42,8 @@ class Learned(Progress):
     best_step: int = 0
     stale: int = 0
     """Validations since it became better."""
+    init: str = ""
+    """What --init named when the run began."""
 
 
 class Tuning(Training):
@@ -67,7 +69,11 @@ class Tuning(Training):
         self._kept = -1.0
         with distributed.together():
             if home.found is not None and distributed.rank() == 0 and (self.run_dir / BEST).exists():
-                about = recognizers.read_export(self.run_dir / BEST).about
+                try:
+                    about = recognizers.read_export(self.run_dir / BEST).about
+                except UserError as error:
+                    log.warning("the next validation writes the best weights anew: %s", error)
+                    about = {}
                 if (about.get("rule"), about.get("valid")) == (config.valid.rule, home.facts["valid"]):
                     self._kept = float(about["accuracy"])
 
@@ -85,12 +91,18 @@ class Tuning(Training):
         return self.progress.step >= self.last_step or 0 < patience <= self.progress.stale
 
     def judge(self, accuracy: float) -> None:
-        """Takes note of a validation of `copy`, and keeps the best as RUN/export (all ranks together)."""
-        progress = self.progress
-        progress.stale = 0 if accuracy > progress.best else progress.stale + 1
+        """Takes note of a validation of `copy`, and keeps the best as RUN/export (all ranks together).
+
+        One that only --max-steps has brought about is exported, but not noted: the run goes on as without it.
+        """
+        progress, every = self.progress, self.config.valid.every_steps
+        noted = progress.step % every == 0 or progress.step == self.home.schedule_steps
+        if noted:
+            progress.stale = 0 if accuracy > progress.best else progress.stale + 1
         if accuracy < progress.best:
             return
-        progress.best, progress.best_step = accuracy, progress.step  # of equals the last: it has seen more
+        if noted:
+            progress.best, progress.best_step = accuracy, progress.step  # of equals the last: it has seen more
         state = self.copy.state_dict()
         with distributed.together():
             # a life before this one, on other ranks, may have been better by a rounding at a step that was lost
@@ -99,7 +111,7 @@ class Tuning(Training):
                 about = {
                     "accuracy": accuracy, "rule": config.valid.rule, "step": progress.step,
                     "samples": progress.samples, "seed": config.seed, "fraction": config.data.fraction,
-                    "init": config.init.name if config.init else "", "global_batch_size": self.global_batch,
+                    "init": progress.init, "global_batch_size": self.global_batch,
                     **self.home.facts,
                 }  # fmt: skip
                 trained = Trained(config.model, config.recognizer, self.charset, state, about, str(self.run_dir))
@@ -125,12 +137,15 @@ def begin(config: FineTuning) -> Tuning:
     if home.found is None:
         with distributed.together():
             start_from(config, charset, student)
+    elif distributed.rank() == 0:
+        log.info("--init %s is ignored: the run goes on", config.init)
     network = Recognizer(config.model, config.recognizer, charset.classes).eval().requires_grad_(False)
     network.load_state_dict(student.state_dict())
     if config.train.compile:
         compile_blocks(student.vit)
     engine = Engine(student.to(distributed.device()), config, config.optimizer.betas, home.accumulation)
-    progress = Learned()
+    assert config.init is not None
+    progress = Learned(init="/".join(config.init.parts[-2:]))  # not where it lies on this machine
     if home.found is not None:
         state = checkpoint.load(home.found, engine)
         progress.restore(state)
@@ -150,6 +165,7 @@ def begin(config: FineTuning) -> Tuning:
         with_labels=True,
         max_damaged=config.data.max_damaged,
     )
+    home.take()
     return Tuning(config, home, words, valid[0], charset, engine, network, batches, progress)
 
 
@@ -183,10 +199,20 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
     """Gives a new run the weights that --init names; UserError where they do not fit."""
     path = config.init
     assert path is not None
+    if distributed.rank() == 0:
+        log.info("weights: %s", "random" if path == SCRATCH else path)
     if path == SCRATCH:
         return
     if recognizers.is_recognizer(path):
-        trained = recognizers.read(path, charset, config.model.heads, config.recognizer.heads)
+        sizes = config.recognizer
+        named = charset if path.suffix in (".pth", ".pt") else None  # our own exports say which they have
+        trained = recognizers.read(path, named, config.model.heads, sizes.heads, sizes.length)
+        if trained.charset.characters != charset.characters:
+            theirs = trained.charset.name or "another"
+            raise UserError(
+                f"--init {path}: its charset is {theirs}, this run's {charset.name}; set --data.charset {theirs}, or "
+                "start from a pretraining"
+            )
         refuse_other(
             "recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), REMEDY, except_for=("dropout",)
         )

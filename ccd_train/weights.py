@@ -17,6 +17,7 @@ import json
 import math
 import re
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ State = dict[str, Tensor]
 NETWORKS: dict[str, type[Student] | type[Teacher]] = {"teacher": Teacher, "student": Student}
 FORMAT = "ccd_train weights 1"
 CONFIG = "config.json"
+TEACHER = "teacher.safetensors"
 
 BACKBONE_SIZES = ("width", "depth", "heads")  # in the metadata of a backbone by itself
 BACKBONE_PREFIX = re.compile(r"^backbone\.")  # without it the official names are timm's
@@ -96,7 +98,7 @@ class Weights:
 
 
 def read(path: Path, heads: int | None = None) -> Weights:
-    """An export (its folder or one of its files) or an official checkpoint (.pth). Raises UserError.
+    """An export (its folder or teacher.safetensors in it) or an official checkpoint (.pth). Raises UserError.
 
     heads: the attention heads of an official checkpoint whose width is not 64 a head, which its tensors do not tell.
     """
@@ -104,6 +106,8 @@ def read(path: Path, heads: int | None = None) -> Weights:
         return read_official(path, heads)
     folder = path.parent if path.suffix == ".safetensors" else path
     if (folder / CONFIG).is_file():
+        if path not in (folder, folder / TEACHER):  # another file would be taken for the teacher
+            raise UserError(f"{path}: only {TEACHER} or its folder stand for an export; give one of them")
         return read_export(folder)
     raise UserError(f"{path}: no weights here; give an export folder (with {CONFIG}) or an official .pth file")
 
@@ -130,7 +134,7 @@ def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
             replace_file(folder / f"{name}.safetensors", save(state, metadata={"format": "pt"}))
         write_json(folder / CONFIG, description)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from None
+        raise UserError(f"{folder}: cannot be written ({error}); make room, or choose another place") from None
 
 
 def read_export(folder: Path) -> Weights:
@@ -250,7 +254,18 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another --out") from None
+        raise UserError(f"{path}: cannot be written ({error}); make room, or choose another place") from None
+
+
+def refuse_unwritable(path: Path) -> None:
+    """UserError where no file can be written at this place. Makes the folders above it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("a folder is there")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); make room, or choose another place") from None
 
 
 def official_name(name: str) -> str:

@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from ccd_train.durations import duration
+
 
 class Progress:
     """Counts up to `total`. On stderr, so that a verb's own output stays clean."""
@@ -52,11 +54,3 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
-
-
-def duration(seconds: float) -> str:
-    """`3 h 05 min`, `4 min 10 s` or `12 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -13,7 +13,7 @@ from ccd_train.charset import read_charset
 from ccd_train.config import Config
 from ccd_train.data.shards import Corpus
 from ccd_train.data.words import open_words
-from ccd_train.engine import read_deepspeed_file
+from ccd_train.deepspeed_file import read_deepspeed_file
 from ccd_train.errors import UserError
 from ccd_train.finetuning import SCRATCH, FineTuning
 from ccd_train.life import claim

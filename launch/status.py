@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ccd_train.config import Config, RunConfig
+from ccd_train.durations import duration
 from ccd_train.errors import UserError
 from ccd_train.finetuning import FineTuning
 from ccd_train.options import read_recipe
@@ -54,12 +55,12 @@ def describe(run_dir: Path) -> str:
 def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     step, rate = int(metrics["step"]), float(metrics["samples_per_second"])
     age = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime
-    rows = [("step", f"{step}, logged {_duration(age)} ago"), ("rate", f"{rate:.0f} samples/s")]
+    rows = [("step", f"{step}, logged {duration(age)} ago"), ("rate", f"{rate:.0f} samples/s")]
     config = read_settings(run_dir)
     batch = metrics["samples"] / step
     last_step = config.max_steps or -(-config.train.total_samples // batch)
-    left = max(last_step - step, 0) * batch / rate if rate else float("inf")
-    return [*rows, ("left", f"{_duration(left)} to step {last_step:.0f}")]
+    left = duration(max(last_step - step, 0) * batch / rate) if rate else "nobody knows how long"
+    return [*rows, ("left", f"{left} to step {last_step:.0f}")]
 
 
 def read_settings(run_dir: Path) -> RunConfig:
@@ -84,7 +85,7 @@ def _checkpoint(run_dir: Path) -> str:
     if step == 0:
         return "none yet"
     age = time.time() - (run_dir / "checkpoints" / "latest").stat().st_mtime
-    return f"step {step}, {_duration(age)} ago"
+    return f"step {step}, {duration(age)} ago"
 
 
 def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
@@ -95,11 +96,3 @@ def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
     whole = [line for line in lines if line.endswith("\n")]
     values: dict[str, Any] | None = json.loads(whole[-1]) if whole else None
     return values
-
-
-def _duration(seconds: float) -> str:
-    """5 s, 12 min, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ccd_train import config
+from ccd_train import config, finetuning
 from ccd_train.charset import read_charset
 from ccd_train.decoding import Words, decode, read
 from ccd_train.models.recognizer import Decoder, Recognizer
@@ -19,7 +19,7 @@ END, PADDING = CHARSET.end, CHARSET.padding
 def recognizer() -> Recognizer:
     torch.manual_seed(5)
     model = config.Model(width=16, depth=2, heads=2)
-    sizes = config.Recognizer(layers=2, width=32, heads=4, hidden=16, encoder_hidden=16, length=12)
+    sizes = finetuning.Recognizer(layers=2, width=32, heads=4, hidden=16, encoder_hidden=16, length=12)
     return Recognizer(model, sizes, CHARSET.classes).eval()
 
 

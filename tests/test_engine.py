@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ccd_train import distributed
 from ccd_train.config import Config
-from ccd_train.engine import OURS, parameter_groups, read_deepspeed_file
+from ccd_train.deepspeed_file import OURS, read_deepspeed_file
+from ccd_train.engine import parameter_groups
 from ccd_train.errors import TrainingError, UserError
 from ccd_train.models import ccd
 from ccd_train.options import from_dict

@@ -257,22 +257,73 @@ def test_a_set_without_labels_is_refused(export: Path, images: list[bytes], tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_sets_and_place_are_looked_at_before_anything_is_read(images: list[bytes], tmp_path: Path) -> None:
-    """The label of SVT would be refused as soon as it is read."""
-    with LmdbWriter(tmp_path / "data" / "SVT") as writer:
-        writer.add(images[0], "a")
-    crops.change(tmp_path / "data" / "SVT", {"label-000000001": b"\xff"})
-    with LmdbWriter(tmp_path / "data" / "Zoo") as writer:
-        writer.add(images[0])
-    with pytest.raises(UserError, match="Zoo: no labels"):
-        evaluate.main(["--weights", str(tmp_path), "--data", str(tmp_path / "data")])
-    words.write(tmp_path / "export")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label-000000001": None}, "Zoo: no labels"),
+        ({"label-000000001": b"\xff"}, "Zoo: label-000000001 is not UTF-8"),
+        ({"num-samples": b"3"}, "Zoo: num-samples says '3' but the last image is number 1"),
+    ],
+)
+def test_every_set_is_looked_at_before_any_is_read(
+    images: list[bytes], tmp_path: Path, changes: dict[str, bytes | None], message: str
+) -> None:
+    """There are no weights, which come before the first image."""
+    for name in ("SVT", "Zoo"):
+        with LmdbWriter(tmp_path / name) as writer:
+            writer.add(images[0], "a")
+    crops.change(tmp_path / "Zoo", changes)
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--weights", str(tmp_path), "--data", str(tmp_path)])
+
+
+def test_the_place_is_looked_at_before_any_set_is_read(
+    export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "evaluate", None)
     (tmp_path / "file").touch()
-    options = ["--weights", str(tmp_path / "export"), "--data", str(tmp_path / "data"), "--sets", "SVT"]
     with pytest.raises(UserError, match="file: cannot be written"):
-        evaluate.main([*options, "--out", str(tmp_path / "file")])
-    with pytest.raises(UserError, match="not UTF-8"):
-        evaluate.main([*options, "--out", str(tmp_path / "out")])
+        evaluate.main(["--weights", str(export), "--data", str(data), "--out", str(tmp_path / "file")])
+
+
+def lose_image(path: Path) -> None:
+    """Damages the first of large images: the number of the page where it lies, which follows its key, leads nowhere."""
+    key, file = b"image-000000001", path / "data.mdb"
+    before, _, after = file.read_bytes().rpartition(key)
+    file.write_bytes(before + key + b"\xff" * 6 + after[6:])
+
+
+def test_what_was_read_before_the_damage_is_printed_and_kept(
+    export: Path, images: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SVT", "Zoo"):
+        with LmdbWriter(tmp_path / "data" / name) as writer:
+            for image in images[:2]:
+                writer.add(image.ljust(10_000, b"\0"), "a")
+    lose_image(tmp_path / "data" / "Zoo")
+    options = ["--weights", str(export), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"Zoo: damaged at image-000000001 .* copy the LMDB again"):
+        evaluate.main(options)
+    assert "| SVT | 2 |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf8"))
+    assert [one["name"] for one in found["sets"]] == ["SVT"]
+    assert "without Zoo: ended by a damaged set" in found["warnings"]
+    assert "warning: without Zoo" in (tmp_path / "out" / "table.md").read_text(encoding="utf8")
+    assert (tmp_path / "out" / "errors.html").is_file()
+    with pytest.raises(UserError, match="Zoo: damaged at"):
+        evaluate.main([*options[:-1], str(tmp_path / "none"), "--sets", "Zoo"])
+    assert list((tmp_path / "none").iterdir()) == [], "nothing came out"
+
+
+def test_words_that_count_twice_are_said() -> None:
+    def warned(*names: str) -> list[str]:
+        results = [Result(name, PUBLISHED[name][0], 1, 0.5, 0, 0, 0, 0, "") for name in names]
+        return evaluate.warnings(results, "all")
+
+    (both,) = warned("IC13_857", "IC13_1015", "IC15_1811")
+    assert both.startswith("average all counts the words of IC13_857 twice, which are among those of IC13_1015;")
+    assert "IC15_1811 twice" in warned("IC13_857", "IC15_1811", "IC15_2077")[0]
+    assert warned("IC13_857", "IC15_2077") == []
 
 
 def test_what_was_read_is_printed_even_if_it_cannot_be_kept(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,22 @@ def test_what_is_no_backbone_is_refused(run_dir: Path, tmp_path: Path) -> None:
         weights.read_backbone(tmp_path / "teacher.safetensors")
     with pytest.raises(UserError, match="cannot be read"):
         weights.read_backbone(tmp_path / "config.json")
+
+
+def test_suffix_and_format_agree(run_dir: Path, tmp_path: Path) -> None:
+    """For a pretraining as well as for a recogniser, which is not opened before."""
+    for name, form, said in [
+        ("x.onnx", "weights", "x.onnx: a .onnx file is for --format onnx, not for --format weights; give that one"),
+        ("x.pt", "onnx", "x.pt: a .pt file is for --format torchscript or weights, not for --format onnx"),
+        ("x.pth", "onnx", "x.pth: a .pth file is for --format weights, not"),
+        ("x.pth", "torchscript", "x.pth: a .pth file is for --format weights, not"),
+        ("x.pth", "backbone", "x.pth: a .pth file is for --format weights, not"),
+        ("x.safetensors", "onnx", "x.safetensors: a .safetensors file is for --format weights or backbone, not"),
+        ("x.safetensors", "weights", "x.safetensors: a pretraining fills a folder; give one, or --format backbone"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(said)):
+            export.main([str(run_dir), "--format", form, "--out", str(tmp_path / name)])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["onnx", "torchscript"])

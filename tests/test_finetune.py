@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.synthetic import render
 from ccd_train.data.words import open_words
 from ccd_train.errors import UserError
-from ccd_train.finetune import train, train_step, validate
+from ccd_train.finetune import remarks, train, train_step, validate
 from ccd_train.finetuning import FineTuning
 from ccd_train.options import from_dict, read_recipe, recipes
 from ccd_train.reading import Reader
@@ -262,7 +263,10 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         ({"init": str(tmp_path / "nothing")}, "nothing: no such file or folder"),
         ({"init": str(GOLDEN / "official_layout.pth")}, "another network .*model.width: 32 → 16"),
         ({"init": str(tmp_path / "recognizer")}, "--init .*another network .*recognizer.layers: 2 → 1"),
-        ({"init": str(tmp_path / "recognizer"), "data": {"charset": "36"}}, "reads charset .*not charset 36"),
+        (
+            {"init": str(tmp_path / "recognizer"), "data": {"charset": "36"}},
+            "--init .*recognizer: its charset is DICT90, this run's 36; set --data.charset DICT90",
+        ),
         ({"model": {"heads": 3}}, "model.heads = 3: must divide"),
     ]
     configs = [tuned(tiny, tmp_path / f"run{number}", **changes) for number, (changes, _) in enumerate(cases)]
@@ -271,10 +275,11 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         assert message and "\n" not in message
         with pytest.raises(UserError, match=expected):
             raise UserError(message)
+    assert not any((config.run_dir / "identity.json").exists() for config in configs if config.run_dir)
 
 
-def two_lives(config: FineTuning) -> list[tuple[int, int, bool]]:
-    """Of each its last step, that of its newest checkpoint, and whether it finished."""
+def two_lives(config: FineTuning) -> list[tuple[int, int, bool, str]]:
+    """Of each its last step, that of its newest checkpoint, whether it finished, and what is said of that."""
     ends = []
     for _ in range(2):
         found = tuning.begin(config)
@@ -282,7 +287,7 @@ def two_lives(config: FineTuning) -> list[tuple[int, int, bool]]:
         saved = checkpoint.newest(found.run_dir)
         found.close()
         assert saved is not None
-        ends.append((found.progress.step, checkpoint.step_of(saved), finished))
+        ends.append((found.progress.step, checkpoint.step_of(saved), finished, remarks(found)))
     return ends
 
 
@@ -291,11 +296,62 @@ def test_it_ends_when_patience_does_and_stays_ended(tiny: Tiny, tmp_path: Path) 
     config = tuned(
         tiny, tmp_path / "run", optimizer={"lr": 0.0, "final_lr": 0.0}, valid={"every_steps": 2, "patience": 2}
     )
-    assert run_ranks(1, two_lives, config) == [[(6, 6, True), (6, 6, True)]]
+    (ends,) = run_ranks(1, two_lives, config)
+    assert [end[:3] for end in ends] == [(6, 6, True), (6, 6, True)]
+    assert all(said.startswith("; no better validation in 2 (--valid.patience); 0.00% of") for *_, said in ends)
 
 
-def measures(configs: list[FineTuning], broken: Path) -> tuple[list[tuple[float, float]], float]:
-    """Best and kept accuracy of three lives; and the accuracy on words of which one image cannot be read."""
+def pieces(whole: FineTuning, cut: FineTuning) -> list[tuple[int, float, int]]:
+    """Where a run stands after 6 steps, done at once and in lives of a step; and how many were exported."""
+    found = []
+    for config, lives in ((whole, [6]), (cut, range(1, 7))):
+        for last in lives:
+            run = tuning.begin(replace(config, max_steps=last))
+            train(run, None)
+            run.close()
+            assert (run.run_dir / tuning.BEST).exists()
+        found.append((run.progress.step, run.progress.best, run.progress.stale))
+    return found
+
+
+def test_stopping_at_a_step_does_not_try_the_patience(tiny: Tiny, tmp_path: Path) -> None:
+    """The validation at --max-steps is one that an undisturbed run does not make."""
+    whole, cut = (
+        tuned(
+            tiny, tmp_path / name, optimizer={"lr": 0.0, "final_lr": 0.0}, valid={"every_steps": 3, "patience": 3},
+            train={"total_samples": 160},
+        )
+        for name in ("whole", "cut")
+    )  # fmt: skip
+    ((one, other),) = run_ranks(1, pieces, whole, cut)
+    assert one == other and one[0] == 6 and one[2] == 1
+
+
+def resumed(configs: list[FineTuning]) -> list[tuple[float, str]]:
+    """The kept accuracy of each life, and what it says of its first weights; its export is damaged afterwards."""
+    seen = []
+    for config in configs:
+        run = tuning.begin(config)
+        seen.append((run._kept, run.progress.init))
+        if len(seen) == 1:
+            train_step(run)
+            run.judge(0.5)
+            run.save()
+        run.close()
+        if len(seen) == 2:
+            os.truncate(run.run_dir / tuning.BEST, 100)
+    return seen
+
+
+def test_a_damaged_export_is_made_anew_and_the_first_weights_stay_known(tiny: Tiny, tmp_path: Path) -> None:
+    first = tuned(tiny, tmp_path / "run", valid={"every_steps": 1})
+    later = replace(first, init=Path("/some/where/else"))
+    ((began, whole, damaged),) = run_ranks(1, resumed, [first, later, later])
+    assert (began, whole, damaged) == ((-1.0, "scratch"), (0.5, "scratch"), (-1.0, "scratch"))
+
+
+def measures(configs: list[FineTuning], broken: Path) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Best and kept accuracy of three lives; and a validation on words of which some images cannot be read."""
     seen = []
     for number, config in enumerate(configs):
         run = tuning.begin(config)
@@ -315,21 +371,22 @@ def measures(configs: list[FineTuning], broken: Path) -> tuple[list[tuple[float,
     for fragment in run.engine.fragments:
         if fragment.name == "decoder.classifier.bias":
             fragment.master.data[run.charset.end] = 100.0  # every word is read as nothing
-    accuracy = validate(run)["valid_lower_alnum"]
+    figures = validate(run)
     run.close()
-    return seen, accuracy
+    return seen, figures
 
 
 def test_a_best_is_the_best_by_one_measure(tiny: Tiny, tmp_path: Path) -> None:
     """What cannot be written is tried again; another rule, which must be allowed, starts anew."""
-    config = tuned(tiny, tmp_path / "run")
+    config = tuned(tiny, tmp_path / "run", valid={"every_steps": 1})
     other = replace(config, valid=replace(config.valid, rule="all"), resume=replace(config.resume, allow_change=True))
     with LmdbWriter(tmp_path / "broken") as writer:
-        for number in range(4):
-            writer.add(b"broken" if number == 2 else render(5, number, fonts=()).image, "!")  # nothing, by the rule
-    ((seen, accuracy),) = run_ranks(1, measures, [config, config, other], tmp_path / "broken")
+        for number in range(16):  # more than a training takes
+            writer.add(render(5, number, fonts=()).image if number < 4 else b"broken", "!")  # nothing, by the rule
+    ((seen, figures),) = run_ranks(1, measures, [config, config, other], tmp_path / "broken")
     assert seen == [(0.75, 0.75), (0.5, 0.75), (-1.0, -1.0)]
-    assert accuracy == 0.75
+    assert (figures["valid_lower_alnum"], figures["valid_unreadable"]) == (0.25, 12)
+    assert figures["valid_loss"] == pytest.approx(50, abs=5)  # of the 4: "!" costs 100, the end 0
 
 
 @pytest.mark.parametrize("name", [name for name in recipes(FineTuning) if name.startswith("recognizer_")])
@@ -354,17 +411,23 @@ def test_the_recipe_is_the_official_one() -> None:
 
 @pytest.mark.slow
 def test_the_measurement_of_what_pretraining_is_for_runs(tmp_path: Path) -> None:
-    """All of it on a handful of words, and again: what is done is not done twice."""
+    """All of it on a handful of words; again, when nothing is done twice; and from that pretraining elsewhere."""
     script = CHECKOUT / "tests" / "benchmarks" / "pretraining_pays.py"
-    for _ in range(2):
-        result = subprocess.run(
-            [sys.executable, str(script), "--out", str(tmp_path), "--smoke", "--threads", "1"],
-            capture_output=True, text=True, cwd=CHECKOUT, check=False,
-        )  # fmt: skip
+    first, second = tmp_path / "first", tmp_path / "second"
+
+    def measure(*arguments: str | Path) -> str:
+        command = [sys.executable, str(script), "--smoke", "--threads", "1", *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, check=False)
         assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "pretraining_pays.json").read_text())["rows"]
-    sets = {row["set"] for row in rows}
-    assert "rendered" in sets and len(rows) == 6 * len(sets)
-    assert (tmp_path / "pretraining_pays.md").read_text().count("100% = 400") == len(sets)
-    assert cv2.imread(str(tmp_path / "pretraining_pays.png")).shape[1] > 1000
-    assert "data.train" not in result.stderr  # of the second life
+        return result.stderr
+
+    assert "data.train" in measure("--out", first)
+    assert "data.train" not in measure("--out", first)
+    measure("--out", second, "--pretrained", first / "pretraining")
+    assert not (second / "pretraining").exists()
+    for folder in (first, second):
+        rows = json.loads((folder / "pretraining_pays.json").read_text())["rows"]
+        sets = {row["set"] for row in rows}
+        assert "rendered" in sets and len(rows) == 6 * len(sets)
+        assert (folder / "pretraining_pays.md").read_text().count("100% = 400") == len(sets)
+        assert cv2.imread(str(folder / "pretraining_pays.png")).shape[1] > 1000

@@ -22,7 +22,7 @@ RANK_VARIABLES = {
 
 BASE = {
     "errors", "files", "draws", "config", "options", "severities", "schedules", "rates", "geometry", "charset",
-    "distributed", "finetuning",
+    "distributed", "durations", "deepspeed_file", "finetuning",
 }  # fmt: skip
 METHOD = {
     "pictures", "gallery", "budget", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers",

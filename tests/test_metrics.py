@@ -19,9 +19,10 @@ from conftest import Tiny
 from test_engine import SMALL
 
 from ccd_train.config import Config
+from ccd_train.durations import duration
 from ccd_train.errors import UserError
 from ccd_train.health import Alarm
-from ccd_train.metrics import Metrics, duration
+from ccd_train.metrics import Metrics
 from ccd_train.options import parse
 
 
@@ -31,7 +32,15 @@ def figures(step: int) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (59, "59 s"), (61, "1 min"), (3600, "1 h 0 min"), (12000, "3 h 20 min"), (360000, "4 d 4 h")],
+    [
+        (0, "0 s"),
+        (59, "59 s"),
+        (59.7, "1 min"),
+        (61, "1 min"),
+        (3600, "1 h 0 min"),
+        (12000, "3 h 20 min"),
+        (360000, "4 d 4 h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -114,6 +114,7 @@ def test_a_recipe_is_refused_in_one_line(tmp_path: Path, text: str, message: str
         ("log.every_steps", 0), ("checkpoint.every_steps", 0), ("checkpoint.keep", 0), ("distributed.timeout", 0),
         ("data.workers", -1), ("data.window_shards", 0), ("data.max_damaged", 2.0), ("affine.probability", 1.5),
         ("augment.chain", "severity_9"), ("max_steps", 0), ("max_minutes", 0.0), ("run_dir", None), ("data.shards", []),
+        ("seed", -1), ("seed", 2**63),
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_refused_by_name(setting: str, value: Any) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from ccd_train.errors import UserError
 from data_tools.pool import Report, run_jobs
-from data_tools.progress import Progress, duration
+from data_tools.progress import Progress
 
 
 def square(job: int, done: Report) -> int:
@@ -93,9 +93,3 @@ def test_a_terminal_has_a_bar() -> None:
     os.close(terminal)
     assert b"words:" in (shown := os.read(controller, 10_000)) and b" records/s" in shown
     os.close(controller)
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 59, 61, 3599, 3600, 86_399)] == [
-        "0 s", "59 s", "1 min 01 s", "59 min 59 s", "1 h 00 min", "23 h 59 min",
-    ]  # fmt: skip

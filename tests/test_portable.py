@@ -148,10 +148,12 @@ def test_without_onnxruntime_a_model_is_written_unchecked(tmp_path: Path) -> Non
     assert (tmp_path / "x.onnx").read_bytes() == b"model"
 
 
-@pytest.mark.parametrize("form", ["weights", "torchscript", "backbone"])
-def test_a_file_that_cannot_be_finished_leaves_the_old_one(folder: Path, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "name"), [("weights", "x.safetensors"), ("torchscript", "x.pt"), ("backbone", "x.safetensors")]
+)
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(folder: Path, tmp_path: Path, form: str, name: str) -> None:
     """The disk is full: no process may write more than 1 KiB into a file."""
-    path = tmp_path / "x.safetensors"
+    path = tmp_path / name
     path.write_text("old")
     program = (
         "import resource, signal, sys; from ccd_train import export\n"
@@ -179,6 +181,25 @@ def test_without_the_packages_a_line_says_what_to_install(folder: Path, tmp_path
     assert done.stderr == "error: --format onnx needs the package onnx: pip install onnx onnxscript\n"
 
 
+def test_the_place_is_looked_at_before_minutes_of_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portable, "write_onnx", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    for place in ("file/x.onnx", "folder.onnx"):
+        with pytest.raises(UserError, match=f"{place}: cannot be written"):
+            export.main(["--weights", str(folder), "--format", "onnx", "--out", str(tmp_path / place)])
+
+
+def test_the_backbone_of_a_recognizer_is_called_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "vit.safetensors"
+    assert export.main(["--weights", str(folder), "--format", "backbone", "--out", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: the ViT of the recogniser of {folder / recognizers.FILE}\n"
+
+
 def test_a_recognizer_is_exported_again(folder: Path, tmp_path: Path) -> None:
     for out in (tmp_path / "one.safetensors", tmp_path / "folder"):
         assert export.main(["--weights", str(folder), "--out", str(out)]) == 0
@@ -196,12 +217,19 @@ def test_any_crop_fits_after_a_resize(folder: Path) -> None:
     assert tokens.shape == (1, words.SIZES.length)
 
 
+def test_a_place_that_is_not_there_is_named_before_a_place_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such file or folder; name a run"):
+        export.main([str(tmp_path / "nowhere")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--format", "onnx"], "--format onnx needs a place"),
         ([], "needs a place: say where to write with --out"),
         (["--out", "x.pth"], "not written in the official layout"),
+        (["--out", "x.pt"], "or --format torchscript with a .pt"),
+        (["--out", "x.onnx"], "a .onnx file is for --format onnx"),
         (["--format", "torchscript", "--out", "/dev/null/x.pt"], "cannot be written"),
         (["--charset", "36", "--out", "x"], "reads charset 62"),
     ],

@@ -136,6 +136,7 @@ def test_init_starts_from_the_weights_of_another_run(tiny: Tiny, recipe: str, ru
     new = tmp_path / "new"
     arguments = ["--config", recipe, "--run_dir", str(new), "--data.shards", str(tiny.shards), "--max-steps", "1"]
     arguments += ["--probe.every_steps", "1", "--probe.data", str(tiny.lmdb), "--probe.words", "120"]
+    arguments += ["--model.initial_std", "0.05", "--model.contrast_std", "0.1"]  # of a beginning that does not come
     result = pretrain(*arguments, "--init", str(run), "--optimizer.freeze_last_layer_samples", "0")
     assert result.returncode == 0, result.stderr
     mine, theirs = (checkpoint.read_weights(found) for found in map(checkpoint.newest, (new, run)) if found)
@@ -149,3 +150,4 @@ def test_init_from_another_network_is_one_line(tiny: Tiny, recipe: str, run: Pat
     arguments = ["--config", recipe, "--run_dir", str(tmp_path / "new"), "--data.shards", str(tiny.shards)]
     line = refused(pretrain(*arguments, "--init", str(run), "--model.prototypes", "48"))
     assert "model.prototypes: 32 → 48" in line
+    assert not (tmp_path / "new" / "identity.json").exists()  # the corrected command is not another run's

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from ccd_train import config, draws
+from ccd_train import config, draws, finetuning
 from ccd_train.charset import read_charset
 from ccd_train.errors import UserError
-from ccd_train.models.recognizer import Recognizer, recognition_loss, sinusoids
+from ccd_train.models.recognizer import Recognizer, grid_sinusoids, recognition_loss, sinusoids, waves
 
 CHARSET = read_charset("DICT90")
 MODEL = config.Model(width=16, depth=2, heads=2, drop_path=0.2)
-SIZES = config.Recognizer(layers=2, width=16, heads=2, hidden=8, encoder_hidden=12, dropout=0.2)
+SIZES = finetuning.Recognizer(layers=2, width=16, heads=2, hidden=8, encoder_hidden=12, dropout=0.2)
 WORDS = ("Street", "a", "12:30", "")
 
 
@@ -78,7 +80,7 @@ def test_dropout_depends_on_the_keys_and_not_on_the_batch(recognizer: Recognizer
 
 def test_without_dropout_training_is_evaluation() -> None:
     """So the attention that is written out for dropout is the fused one."""
-    model, sizes = config.Model(width=16, depth=1, heads=2, drop_path=0.0), config.Recognizer(2, 16, 2, 8, 12, 1e-9)
+    model, sizes = config.Model(width=16, depth=1, heads=2, drop_path=0.0), finetuning.Recognizer(2, 16, 2, 8, 12, 1e-9)
     torch.manual_seed(0)
     recognizer = Recognizer(model, sizes, CHARSET.classes)
     trained = recognizer(images(), targets(), keys())
@@ -124,14 +126,42 @@ def test_positions_are_sines_and_cosines() -> None:
     assert torch.allclose(codes[:, 2], (angle / 100).sin())
 
 
-def test_nothing_but_parameters_is_saved(recognizer: Recognizer) -> None:
+def test_every_place_has_a_code_of_its_own() -> None:
+    codes = grid_sinusoids(16)[0].unflatten(0, (8, 32))
+    assert torch.equal(codes[3, :, :8], waves(8, 4)[3].expand(32, 8))
+    assert torch.equal(codes[:, 5, 8:], waves(32, 4)[5].expand(8, 8))
+    assert torch.cdist(codes.flatten(0, 1), codes.flatten(0, 1)).fill_diagonal_(9).min() > 0.5
+
+
+def test_place_codes_are_waves_from_twice_the_side_to_two_and_a_half_patches() -> None:
+    places = torch.arange(32.0)
+    assert torch.allclose(waves(32, 3)[:, 0], (2 * torch.pi * places / 64).sin(), atol=1e-6)
+    assert torch.allclose(waves(32, 3)[:, 5], (2 * torch.pi * places / 2.5).cos(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_place_codes_are_added_to_what_the_decoder_sees_of_the_image(recognizer: Recognizer) -> None:
+    assert recognizer.places is None  # as in the official code
+    placed = Recognizer(MODEL, replace(SIZES, place_codes=True), CHARSET.classes).eval()
+    placed.load_state_dict(recognizer.state_dict())
+    assert torch.equal(placed.encode(images()), recognizer.encode(images()) + grid_sinusoids(SIZES.width))
+
+
+@pytest.mark.parametrize("place_codes", [False, True])
+def test_nothing_but_parameters_is_saved(place_codes: bool) -> None:
+    recognizer = Recognizer(MODEL, replace(SIZES, place_codes=place_codes), CHARSET.classes)
     assert set(recognizer.state_dict()) == {name for name, _ in recognizer.named_parameters()}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"heads": 3}, "recognizer.width = 512"), ({"dropout": 1.0}, "recognizer.dropout"), ({"length": 2}, "length")],
+    [
+        ({"heads": 3}, "recognizer.width = 512"),
+        ({"dropout": 1.0}, "recognizer.dropout"),
+        ({"length": 2}, "length"),
+        ({"heads": 3, "width": 27, "place_codes": True}, "width = 27: must be a multiple of 4"),
+    ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.Recognizer(**changes).check()  # type: ignore[arg-type]
+        finetuning.Recognizer(**changes).check()  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from ccd_train import config, recognizers, weights
+from ccd_train import config, export, finetuning, recognizers, weights
 from ccd_train.charset import Charset, read_charset
 from ccd_train.errors import UserError
 from ccd_train.finetuning import FineTuning
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = GOLDEN / "recognizer_official_layout.pth"
 META: dict[str, Any] = json.loads((GOLDEN / "recognizer_meta.json").read_text(encoding="utf8"))
 HEADS = {"heads": META["num_heads"], "decoder_heads": META["n_head"]}
-SIZES = config.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8)
+SIZES = finetuning.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8)
 MODEL = config.Model(width=16, depth=6, heads=2)
 
 
@@ -91,8 +91,10 @@ def test_an_official_checkpoint_refuses_another_charset(name: str) -> None:
 def test_heads_that_shapes_do_not_tell_are_asked_for() -> None:
     with pytest.raises(UserError, match=r"backbone has width 32; .* --heads N"):
         recognizers.read(OFFICIAL)
-    with pytest.raises(UserError, match=r"backbone has width 32; .* --heads N"):
+    with pytest.raises(UserError, match=r"--heads 5 does not divide its backbone's width 32; give a divisor"):
         recognizers.read(OFFICIAL, heads=5)
+    with pytest.raises(UserError, match=r"--decoder_heads 5 does not divide its decoder's width"):
+        recognizers.read(OFFICIAL, heads=HEADS["heads"], decoder_heads=5)
 
 
 def test_what_does_not_fit_an_official_recognizer_is_named(tmp_path: Path) -> None:
@@ -159,6 +161,16 @@ def test_a_damaged_export_is_refused(folder: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read"):
         recognizers.read(path)
+
+
+def test_a_damaged_file_is_not_taken_for_something_else(folder: Path, trained: Trained, tmp_path: Path) -> None:
+    path = folder / "export" / recognizers.FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"recognizer\.safetensors: cannot be read .* copy it again"):
+        start_from(FineTuning(init=path), trained.charset, trained.network())
+    with pytest.raises(UserError, match="cannot be read"):
+        export.main(["--weights", str(path), "--out", str(tmp_path / "out")])
+    assert not recognizers.is_recognizer(tmp_path / "missing.safetensors")
 
 
 def test_an_export_without_its_description_is_refused(folder: Path) -> None:

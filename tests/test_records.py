@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import lmdb
@@ -108,6 +109,25 @@ def test_a_file_cut_short_is_refused_before_it_can_kill_us(tmp_path: Path) -> No
     os.truncate(tmp_path / "words" / "data.mdb", 200_000)
     with pytest.raises(UserError, match=r"cut short \(200000 bytes"):
         len(LmdbReader(tmp_path / "words"))
+
+
+def test_lost_pages_are_one_line(tmp_path: Path) -> None:
+    """Every branch of the tree leads to a page that is not there; its nodes begin with a page number of 48 bits."""
+    with LmdbWriter(tmp_path / "words") as writer:
+        for number in range(500):
+            writer.add(b"image", str(number))
+    file = tmp_path / "words" / "data.mdb"
+    data, page_size = bytearray(file.read_bytes()), lmdb.open(str(tmp_path / "words"), readonly=True).stat()["psize"]
+    for page in range(0, len(data), page_size):
+        flags, lower = struct.unpack_from("<HH", data, page + 10)
+        for place in range(16, lower, 2) if flags == 1 else ():  # a branch's offsets of its nodes
+            (offset,) = struct.unpack_from("<H", data, page + place)
+            data[page + offset : page + offset + 6] = b"\xff" * 6
+    file.write_bytes(data)
+    reader = LmdbReader(tmp_path / "words")
+    for look in (lambda: reader.has("label"), lambda: len(reader)):
+        with pytest.raises(UserError, match=r"words: damaged at .*; copy the LMDB again"):
+            look()
 
 
 def test_a_label_that_is_not_utf8_is_named(tmp_path: Path) -> None:

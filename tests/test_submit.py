@@ -246,6 +246,8 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     ):
         assert part in text
     assert f"{round(left / 60) // 60} h" in text
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"samples_per_second": 0}) + "\n")
+    assert "nobody knows how long to step 1875" in describe(tmp_path)
     (tmp_path / "config.yaml").write_text(describe_settings(read_recipe(FineTuning, "recognizer_nano")))
     assert "step          40" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):

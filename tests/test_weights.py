@@ -74,6 +74,14 @@ def test_an_export_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["about"] == {"step": 7}
 
 
+def test_only_the_teacher_s_file_stands_for_its_export(tmp_path: Path) -> None:
+    weights.write_export(tmp_path, fresh(), {})
+    (tmp_path / "vit.safetensors").touch()
+    for name in ("student.safetensors", "vit.safetensors"):
+        with pytest.raises(UserError, match=rf"{name}: only teacher\.safetensors or its folder .* give one of them"):
+            weights.read(tmp_path / name)
+
+
 def test_official_in_and_out_again_changes_nothing_that_is_used(tmp_path: Path) -> None:
     """All but conv_mla comes back with its value; the position embedding with what the official code makes of it."""
     residual = weights.write_official(tmp_path / "again.pth", weights.read_official(OFFICIAL, HEADS))

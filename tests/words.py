@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ccd_train import config, recognizers
+from ccd_train import config, finetuning, recognizers
 from ccd_train.charset import read_charset
 from ccd_train.data.records import LmdbReader
 from ccd_train.models.recognizer import Recognizer
@@ -14,7 +14,7 @@ from ccd_train.reading import Reader, Reading
 from ccd_train.recognizers import Trained
 
 MODEL = config.Model(width=16, depth=1, heads=2)
-SIZES = config.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=4)
+SIZES = finetuning.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=4, place_codes=True)
 
 
 def small(charset: str = "62", seed: int = 3) -> Trained:

@@ -144,7 +144,7 @@ class Reader:
             except (DamagedSampleError, UndecodableImage) as reason:
                 key = self.corpus.key(shard, candidate)
                 damaged.append(f"{self.corpus.paths[shard].name} {key}: {reason}")
-        raise TrainingError(f"{self.corpus.paths[shard]}: none of its {rows} samples can be used; convert it again")
+        raise TrainingError(f"{self.corpus.paths[shard]}: none of its {rows} samples can be used; make it anew")
 
     def _sample(self, shard: int, row: int) -> Sample:
         parts = ["image", *(["mask"] if self.mask_mode == "stored" else []), *(["label"] if self.with_labels else [])]

@@ -168,7 +168,7 @@ class Batches(Iterator[Batch]):
 
     def _count(self, batch: Batch) -> None:
         self._samples += len(batch.sample_ids)
-        self.damaged += len(batch.damaged)
+        self.damaged += len(batch.replaced)  # a line of `damaged` may be another try for the same sample
         for line in batch.damaged:
             if line not in self._told:
                 _log.warning("damaged sample replaced by the next of its shard: %s", line)
@@ -176,7 +176,8 @@ class Batches(Iterator[Batch]):
         if self.damaged > max(FEW_DAMAGED, self._max_damaged * self._samples):
             raise TrainingError(
                 f"{self.damaged} of {self._samples} samples were damaged, more than data.max_damaged = "
-                f"{self._max_damaged:g} allows; `ccd-data verify --deep` lists them; the last was {batch.damaged[-1]}"
+                f"{self._max_damaged:g} allows; those of shards are listed by `ccd-data verify --deep`; the last was "
+                f"{batch.damaged[-1]}"
             )
 
 

@@ -128,9 +128,12 @@ class LmdbReader:
         try:
             value = self._transaction.get(key)
         except lmdb.Error as error:
-            raise UserError(f"{self.path}: damaged at {key.decode()} ({error}); copy the LMDB again") from None
+            raise self._damage(key, error) from None
         assert not isinstance(value, memoryview)  # that is for transactions that lend their buffers
         return value
+
+    def _damage(self, key: bytes, error: lmdb.Error) -> UserError:
+        return UserError(f"{self.path}: damaged at {key.decode()} ({error}); copy the LMDB again")
 
     def _environment(self) -> lmdb.Environment:
         name = os.path.realpath(self.path)
@@ -143,10 +146,12 @@ class LmdbReader:
         """The highest number among the keys of a kind; None if there are no such keys."""
         if self._transaction is None:
             self._transaction = self._environment().begin()
-        with self._transaction.cursor() as cursor:
-            prefix = kind.encode() + b"-"
-            found = cursor.set_range(kind.encode() + b".")  # "." follows "-": the first key after all of this kind
-            key = bytes(cursor.key()) if (cursor.prev() if found else cursor.last()) else b""
+        prefix, after = kind.encode() + b"-", kind.encode() + b"."  # "." follows "-": behind all keys of this kind
+        try:
+            with self._transaction.cursor() as cursor:
+                key = bytes(cursor.key()) if (cursor.prev() if cursor.set_range(after) else cursor.last()) else b""
+        except lmdb.Error as error:
+            raise self._damage(after, error) from None
         if not key.startswith(prefix):
             return None
         digits = key[len(prefix) :]

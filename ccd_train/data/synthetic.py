@@ -45,13 +45,13 @@ class Word:
     mask: bytes
 
 
-def render(seed: int, index: int, fonts: Sequence[str], alphabet: str = "") -> Word:
+def render(seed: int, index: int, fonts: Sequence[str], alphabet: str = "", length: tuple[int, int] = (3, 7)) -> Word:
     """Renders word `index` of the corpus `seed`. `fonts`: files from `find_fonts`; empty means Pillow's own font.
 
-    Of an `alphabet`, words are 3 to 7 of its characters at random.
+    Of an `alphabet`, words are random strings whose `length` lies in this range.
     """
     rng = np.random.default_rng((seed, index))
-    label = "".join(rng.choice(list(alphabet), rng.integers(3, 8))) if alphabet else _text(rng)
+    label = "".join(rng.choice(list(alphabet), rng.integers(length[0], length[1] + 1))) if alphabet else _text(rng)
     size = round(float(np.exp(rng.uniform(np.log(16), np.log(72)))))
     glyphs = _glyphs(rng, label, fonts[int(rng.integers(len(fonts)))] if fonts else "", size)
     glyphs = _perspective(rng, glyphs)

@@ -7,13 +7,15 @@ Shapes: B images, D width of the ViT, E width of the decoder, S = 256 patches, T
     loss   = cross_entropy(logits, targets without the first)
 
 The decoder is NRTR's (Sheng et al., ICDAR 2019) with the norms before each part and no biases in the attention, as the
-official code takes it from MMOCR. `Decoder.step` does the same one token at a time, with keys and values kept. In
-training all dropout is drawn from a key per image (int64 [B]), as stochastic depth is: neither the batch nor the number
-of ranks nor a restart changes it.
+official code takes it from MMOCR. `Decoder.step` does the same one token at a time, with keys and values kept. With
+`place_codes` the memory says where its tokens lie, which a short run has no time to learn. In training all dropout is
+drawn from a key per image (int64 [B]), as stochastic depth is: neither the batch nor the number of ranks nor a restart
+changes it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, cast
 
@@ -21,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccd_train import config, distributed, draws
-from ccd_train.models.vit import VisionTransformer
+from ccd_train import config, distributed, draws, finetuning
+from ccd_train.models.vit import GRID, VisionTransformer
 
 EPS = 1e-6  # of the decoder's last LayerNorm; those of its layers have torch's own
 PERIOD = 10000.0  # of the slowest sinusoid (Vaswani et al. 2017)
+SHORTEST_PERIOD = 2.5  # patches, of the place codes
 
 
 class Pair(NamedTuple):
@@ -109,7 +112,7 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """Attention to the tokens before, attention to the image, an MLP; each normed before and added to its input."""
 
-    def __init__(self, sizes: config.Recognizer, name: str) -> None:
+    def __init__(self, sizes: finetuning.Recognizer, name: str) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(sizes.width)
         self.text = Attention(sizes.width, sizes.heads, sizes.dropout, f"{name}.text")
@@ -148,7 +151,7 @@ class State(NamedTuple):
 class Decoder(nn.Module):
     positions: Tensor
 
-    def __init__(self, sizes: config.Recognizer, classes: int) -> None:
+    def __init__(self, sizes: finetuning.Recognizer, classes: int) -> None:
         super().__init__()
         self.classes = classes
         self.embedding = nn.Embedding(classes + 1, sizes.width, padding_idx=classes)
@@ -196,8 +199,10 @@ class Decoder(nn.Module):
 
 
 class Recognizer(nn.Module):
+    places: Tensor | None
+
     def __init__(
-        self, model: config.Model, sizes: config.Recognizer, classes: int, activation_checkpointing: bool = False
+        self, model: config.Model, sizes: finetuning.Recognizer, classes: int, activation_checkpointing: bool = False
     ) -> None:
         """classes: of the charset, padding not among them. Initial weights come from torch's global generator."""
         super().__init__()
@@ -214,12 +219,14 @@ class Recognizer(nn.Module):
         self.encoder = Mlp(
             (model.width, sizes.encoder_hidden, sizes.width), sizes.dropout, "encoder", hidden_dropout=sizes.dropout
         )
+        self.register_buffer("places", grid_sinusoids(sizes.width) if sizes.place_codes else None, persistent=False)
         self.decoder = Decoder(sizes, classes)
 
     def encode(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Normalised images [B, 3, 32, 128] → memory [B, S, E]; keys int64 [B] in training."""
         tokens, _ = self.vit(images, keys)
-        return self.encoder(tokens, keys)  # type: ignore[no-any-return]
+        memory: Tensor = self.encoder(tokens, keys)
+        return memory if self.places is None else memory + self.places
 
     def forward(self, images: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images [B, 3, 32, 128], targets int64 [B, T] → logits [B, T-1, C] of targets[:, 1:]."""
@@ -245,3 +252,22 @@ def sinusoids(length: int, width: int) -> Tensor:
     rate = PERIOD ** (-2 * torch.div(channel, 2, rounding_mode="floor") / width)
     angle = torch.arange(length).float()[:, None] * rate.float()
     return torch.where(channel.long() % 2 == 0, angle.sin(), angle.cos())[None]
+
+
+def grid_sinusoids(width: int) -> Tensor:
+    """Place codes [1, S, width] of the patches in reading order: of the row in one half of the channels, of the column
+    in the other (the halves after Carion et al. 2020).
+
+    Their periods go from twice the grid's side down to SHORTEST_PERIOD patches: all of them differ between neighbours,
+    or at least between the ends. With Vaswani's periods most channels would be the same all over so small a grid.
+    """
+    rows, columns = (waves(side, width // 4) for side in GRID)
+    codes = torch.cat([rows[:, None].expand(-1, GRID[1], -1), columns[None].expand(GRID[0], -1, -1)], dim=-1)
+    return codes.flatten(0, 1)[None]
+
+
+def waves(side: int, pairs: int) -> Tensor:
+    """Sines, then cosines, of places in 0 … side - 1: [side, 2 · pairs]."""
+    periods = torch.logspace(math.log2(2 * side), math.log2(SHORTEST_PERIOD), pairs, base=2)
+    angles = 2 * math.pi * torch.arange(side)[:, None] / periods
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ccd_train import config
+from ccd_train import finetuning
 from ccd_train.charset import read_charset
 from ccd_train.decoding import decode
 from ccd_train.models.recognizer import Decoder
@@ -44,14 +44,14 @@ def seconds(way: Callable[[Decoder, Tensor], Tensor], decoder: Decoder, memory: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=config.Recognizer.layers)
-    parser.add_argument("--width", type=int, default=config.Recognizer.width)
-    parser.add_argument("--tokens", type=int, default=config.Recognizer.length)
+    parser.add_argument("--layers", type=int, default=finetuning.Recognizer.layers)
+    parser.add_argument("--width", type=int, default=finetuning.Recognizer.width)
+    parser.add_argument("--tokens", type=int, default=finetuning.Recognizer.length)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    sizes = config.Recognizer(layers=options.layers, width=options.width, length=options.tokens)
+    sizes = finetuning.Recognizer(layers=options.layers, width=options.width, length=options.tokens)
     decoder = Decoder(sizes, read_charset("DICT90").classes).eval()
     decoder.classifier.bias[-1] = -100.0  # no word ends: the same work for all
     memory = torch.randn(options.batch, 256, options.width)

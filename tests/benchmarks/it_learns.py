@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import corpus
 import cv2
 import numpy as np
 import torch
@@ -30,16 +30,13 @@ from ccd_train import distributed
 from ccd_train.augment import normalize
 from ccd_train.config import Config
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_image, resize_mask
-from ccd_train.data.records import LmdbReader, LmdbWriter
-from ccd_train.data.synthetic import find_fonts, render
+from ccd_train.data.records import LmdbReader
 from ccd_train.options import read_recipe
 from ccd_train.pretrain import train_step
 from ccd_train.probe import Words, probe, read_words
 from ccd_train.run import Run, begin
-from data_tools import convert
 
 PROBE_SEED = 1_000_003  # of words that are not trained on
-INK, PAPER = 40, 220  # grey levels of text and background, where words are levelled
 UNEVEN = 12.0  # grey levels by which a background deviates from its mean before it counts as textured
 COLORS = {  # BGR
     "linear": (200, 90, 20),
@@ -76,31 +73,6 @@ class Point:
     student_textured: float
     figures: dict[str, float]
     """Of metrics.jsonl, averaged since the point before."""
-
-
-def levelled(data: bytes) -> bytes:
-    """The same crop as grey levels, its pseudo-mask's text at INK and the rest at PAPER in the mean. Texture stays."""
-    image = decode_rgb(data)
-    grey, text = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32), pseudo_mask(image) > 0
-    if not text.any() or text.all():
-        return data
-    ink, paper = grey[text].mean(), grey[~text].mean()
-    share = (grey - paper) / (ink - paper if abs(ink - paper) > 1 else 1)
-    levels = np.clip(np.rint(PAPER + (INK - PAPER) * share), 0, 255).astype(np.uint8)
-    return cv2.imencode(".jpg", levels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
-
-
-def write_words(path: Path, count: int, seed: int, alphabet: str, level: bool) -> None:
-    """Rendered words with labels and true masks; of random characters where an alphabet is given."""
-    if path.exists():
-        return
-    fonts, unfinished = find_fonts(), path.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with LmdbWriter(unfinished) as writer:
-        for index in range(count):
-            word = render(seed, index, fonts, alphabet)
-            writer.add(levelled(word.image) if level else word.image, word.label, word.mask)
-    unfinished.rename(path)
 
 
 def read_masks(path: Path) -> Masks:
@@ -234,15 +206,9 @@ def main() -> None:
     cv2.setNumThreads(1)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    write_words(out / "words", options.words, options.seed, options.alphabet, options.level)
-    write_words(out / "probe", options.probe_words, PROBE_SEED + options.seed, options.alphabet, options.level)
-    if not (out / "shards").exists():
-        assert (
-            convert.main(
-                ["--src", str(out / "words"), "--out", str(out / "shards"), "--name", "words", "--workers", "1"]
-            )
-            == 0
-        )
+    kind = corpus.Kind(options.alphabet, level=options.level)
+    corpus.write_shards(out / "shards", corpus.write_words(out / "words", options.words, options.seed, kind))
+    corpus.write_words(out / "probe", options.probe_words, PROBE_SEED + options.seed, kind)
     words, masks = read_words([out / "probe"], options.probe_words), read_masks(out / "probe")
     pseudo = overlaps(masks.pseudo, masks.truth, masks.textured)
 

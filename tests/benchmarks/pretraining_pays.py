@@ -10,7 +10,7 @@ labels, each from the pretrained and from random weights with the same budget, a
 trained on: rendered ones, and photographed ones where ../shared/real/iiit5k_train is present. FOLDER gets
 pretraining_pays.json, .md and .png. The same command goes on where it was stopped.
 
-The recipes' schedules are shortened in proportion to the budgets, but a warm-up takes 5 % at least.
+The recipes' schedules are shortened in proportion to the budgets.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import corpus
 import cv2
 import numpy as np
 
@@ -32,19 +31,17 @@ from ccd_train import distributed, finetune, pretrain, recognizers
 from ccd_train.benchmarks import find_sets
 from ccd_train.config import Config, RunConfig
 from ccd_train.data.records import LmdbReader, LmdbWriter
-from ccd_train.data.synthetic import find_fonts, render
 from ccd_train.errors import FINISHED
 from ccd_train.evaluate import evaluate
 from ccd_train.finetuning import SCRATCH, FineTuning
+from ccd_train.history import read_history
 from ccd_train.options import read_recipe
 from ccd_train.reading import Reader
-from data_tools import convert
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real" / "iiit5k_train"
 FRACTIONS = (0.01, 0.1, 1.0)
 ENOUGH = 1000  # real words, to spare every second one for validation
-SHORTEST_WARMUP = 0.05  # of a budget
-TEST_SEED, VALID_SEED = 1_000_003, 2_000_003  # of rendered words, apart from those that are trained on
+TEST_SEED, VALID_SEED, UNLABELLED_SEED = 1_000_003, 2_000_003, 3_000_003  # of rendered words; training has its own
 RULE = "lower_alnum"
 COLORS = {"pretrained": (180, 105, 20), "scratch": (40, 40, 210)}  # BGR
 PANEL = (520, 380, 60)  # width, height, margin
@@ -67,33 +64,30 @@ class Row:
     minutes: float
 
 
-def write_words(path: Path, count: int, seed: int, options: argparse.Namespace) -> Path:
-    """Rendered words, whole or not there."""
-    if not path.exists():
-        unfinished, fonts = path.with_name(f"{path.name}.unfinished"), () if options.one_font else find_fonts()
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with LmdbWriter(unfinished) as writer:
-            for index in range(count):
-                word = render(seed, index, fonts, options.alphabet)
-                writer.add(word.image, word.label)
-        unfinished.rename(path)
-    return path
+def rendered(words: Path, count: int, seed: int, kind: corpus.Kind) -> Path:
+    """Shards of rendered words."""
+    return corpus.write_shards(words.with_name(f"{words.name}_shards"), corpus.write_words(words, count, seed, kind))
 
 
-def write_real(folder: Path, alphabet: str, most: int | None) -> list[Path]:
-    """Photographed words of the alphabet's characters: for the test, and where there are enough for validation."""
+def write_real(folder: Path, kind: corpus.Kind, most: int | None) -> list[Path]:
+    """Photographed words such as the rendered ones: for the test, and where there are enough for validation."""
     if not REAL.is_dir():
         return []
     with LmdbReader(REAL) as reader:
         labels = {number: reader.label(number) or "" for number in range(1, len(reader) + 1)}
-        fits = [number for number, label in labels.items() if not alphabet or set(label) <= set(alphabet)][:most]
+        fits = [number for number, label in labels.items() if not kind.alphabet or is_such(label, kind)][:most]
         parts = {"test/real": fits[::2], "valid/real": fits[1::2]} if len(fits) >= ENOUGH else {"test/real": fits}
         for name, numbers in parts.items():
             if not (folder / name).exists():
                 with LmdbWriter(folder / name) as writer:
                     for number in numbers:
-                        writer.add(reader.image(number) or b"", labels[number])
+                        image = reader.image(number) or b""
+                        writer.add(corpus.levelled(image) if kind.level else image, labels[number])
     return [folder / name for name in parts]
+
+
+def is_such(label: str, kind: corpus.Kind) -> bool:
+    return set(label) <= set(kind.alphabet) and kind.length[0] <= len(label) <= kind.length[1]
 
 
 def shortened(settings: Any, total: int, budget: int, *names: str) -> dict[str, int]:
@@ -101,32 +95,33 @@ def shortened(settings: Any, total: int, budget: int, *names: str) -> dict[str, 
     return {name: round(getattr(settings, name) * budget / total) for name in names}
 
 
-def pretraining(options: argparse.Namespace, corpus: Path) -> Config:
+def pretraining(options: argparse.Namespace, shards: Path) -> Config:
     config, budget = read_recipe(Config, options.config), options.pretrain_samples
     total = config.train.total_samples
     changed = shortened(config.optimizer, total, budget, "warmup_samples", "freeze_last_layer_samples")
-    changed["warmup_samples"] = max(changed["warmup_samples"], round(SHORTEST_WARMUP * budget))
     switch = shortened(config.distillation, total, budget, "student_regions_after")
     return replace(
         common(config, options, options.out / "pretraining", budget),
-        data=replace(config.data, shards=(corpus,), workers=options.workers),
+        data=replace(config.data, shards=(shards,), workers=options.workers),
         optimizer=replace(config.optimizer, **changed),
         distillation=replace(config.distillation, **switch),
     )
 
 
-def tuning(options: argparse.Namespace, corpus: Path, valid: Path, init: str, fraction: float) -> FineTuning:
+def tuning(options: argparse.Namespace, shards: Path, valid: Path, init: str, fraction: float) -> FineTuning:
     config, budget = read_recipe(FineTuning, options.recipe), options.finetune_samples
-    warmup = shortened(config.optimizer, config.train.total_samples, budget, "warmup_samples")["warmup_samples"]
+    changed = shortened(config.optimizer, config.train.total_samples, budget, "warmup_samples")
     batch = config.train.global_batch_size or config.train.micro_batch_size
+    tokens = options.length[1] + 2 if options.alphabet else config.recognizer.length
     return replace(
         common(config, options, options.out / f"{init}_{fraction:g}", budget),
-        init=SCRATCH if init == "scratch" else options.out / "pretraining",
+        init=SCRATCH if init == "scratch" else options.pretrained or options.out / "pretraining",
         data=replace(
-            config.data, train=(corpus,), valid=(valid,), fraction=fraction, workers=options.workers,
+            config.data, train=(shards,), valid=(valid,), fraction=fraction, workers=options.workers,
             charset=str(options.out / "charset.txt") if options.alphabet else "36",
         ),
-        optimizer=replace(config.optimizer, warmup_samples=max(warmup, round(SHORTEST_WARMUP * budget))),
+        recognizer=replace(config.recognizer, length=tokens),
+        optimizer=replace(config.optimizer, **changed),
         valid=replace(config.valid, every_steps=max(1, budget // batch // 5)),
     )  # fmt: skip
 
@@ -138,12 +133,12 @@ def common(config: Any, options: argparse.Namespace, run_dir: Path, budget: int)
 
 
 def live(verb: Any, config: RunConfig) -> float:
-    """Trains to the end; the minutes it took. Ends the program where it is stopped."""
-    began = time.monotonic()
+    """Trains to the end; the minutes it took, in all lives. Ends the program where it is stopped."""
     code, message = verb.live(config)
     if code != FINISHED:
         sys.exit(message)
-    return (time.monotonic() - began) / 60
+    assert config.run_dir is not None
+    return read_history(config.run_dir).seconds / 60
 
 
 def lowest_loss(run_dir: Path) -> float:
@@ -217,9 +212,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, help="shards with labels to train on (default: words are rendered)")
     parser.add_argument("--words", type=int, default=20000, help="words to render")
     parser.add_argument("--alphabet", default="", help="random strings of these characters instead of words")
-    parser.add_argument("--one-font", action="store_true", help="render in Pillow's own font only: easier to learn")
-    parser.add_argument("--pretrain-samples", type=int, default=200_000)
-    parser.add_argument("--finetune-samples", type=int, default=100_000)
+    parser.add_argument("--length", type=int, nargs=2, default=(3, 7), help="of the random strings, from and to")
+    parser.add_argument("--unlabelled-length", type=int, nargs=2, help="pretrain on other strings, of this length")
+    parser.add_argument("--level", action="store_true", help="all words dark on light, by their pseudo-masks")
+    parser.add_argument("--pretrained", type=Path, help="a pretraining's run folder to take, instead of pretraining")
+    parser.add_argument("--pretrain-samples", type=int, default=60_000)
+    parser.add_argument("--finetune-samples", type=int, default=36_000)
     parser.add_argument("--test-words", type=int, default=1000, help="rendered words of the test")
     parser.add_argument("--workers", type=int, default=1, help="processes that read data")
     parser.add_argument("--seed", type=int, default=0)
@@ -240,25 +238,26 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if options.alphabet:
         (out / "charset.txt").write_text("\n".join(dict.fromkeys(options.alphabet)))
-    corpus = options.corpus or out / "shards"
-    if options.corpus is None and not corpus.exists():
-        words = write_words(out / "words", options.words, options.seed, options)
-        converted = convert.main(["--src", str(words), "--out", str(corpus), "--name", "words", "--workers", "1"])
-        assert converted == 0
-    write_words(out / "test" / "rendered", options.test_words, TEST_SEED, options)
-    real = write_real(out, options.alphabet, options.test_words if options.smoke else None)
+    kind = corpus.Kind(options.alphabet, tuple(options.length), options.level)
+    shards = options.corpus or rendered(out / "words", options.words, options.seed, kind)
+    unlabelled = shards
+    if options.unlabelled_length and not options.pretrained:
+        other = replace(kind, length=tuple(options.unlabelled_length))
+        unlabelled = rendered(out / "unlabelled", options.words, UNLABELLED_SEED + options.seed, other)
+    corpus.write_words(out / "test" / "rendered", options.test_words, TEST_SEED, kind)
+    real = write_real(out, kind, options.test_words if options.smoke else None)
     valid = next((path for path in real if path.parent.name == "valid"), None)
-    valid = valid or write_words(out / "valid" / "rendered", options.test_words // 4, VALID_SEED, options)
+    valid = valid or corpus.write_words(out / "valid" / "rendered", options.test_words // 4, VALID_SEED, kind)
 
     found = out / "pretraining_pays.json"
     rows = [Row(**row) for row in json.loads(found.read_text())["rows"]] if found.exists() else []
     done = {(row.init, row.fraction) for row in rows}
-    minutes = 0.0 if rows else live(pretrain, pretraining(options, corpus))
+    minutes = 0.0 if options.pretrained else live(pretrain, pretraining(options, unlabelled))
     for fraction in FRACTIONS:
         for init in ("scratch", "pretrained"):
             if (init, fraction) in done:
                 continue
-            config = tuning(options, corpus, valid, init, fraction)
+            config = tuning(options, shards, valid, init, fraction)
             spent = live(finetune, config)
             assert config.run_dir is not None
             labels = json.loads((config.run_dir / "labels.json").read_text())["train"]["words"]

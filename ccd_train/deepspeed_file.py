@@ -1,0 +1,63 @@
+"""The DeepSpeed files of a run: ZeRO, precision and communication, out of ds_configs/ or the user's own."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccd_train.errors import UserError
+
+# DeepSpeed's keys that our configuration owns, and the field to set instead.
+OURS = {
+    "train_batch_size": "--train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "--train.micro_batch_size",
+    "gradient_accumulation_steps": "--train.global_batch_size (accumulation follows from it)",
+    "gradient_clipping": "--optimizer.clip_gradient",
+    "optimizer": "--optimizer.*",
+    "scheduler": "--optimizer.*",
+    "steps_per_print": "--log.every_steps",
+    "tensorboard": "--log.every_steps",
+    "activation_checkpointing": "--train.activation_checkpointing",
+}
+
+
+def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str, dict[str, Any]]:
+    """The name and the content of a file of ds_configs/ (by name) or of the user's (by path).
+
+    `gpus`: whether the run has any; by default, whether this machine has. Raises UserError where there is no such file,
+    where it is no JSON, or where it sets what our configuration owns.
+    """
+    gpus = torch.cuda.is_available() if gpus is None else gpus
+    if name is None:
+        name = "zero1_bf16" if gpus else "zero1_fp32"
+    folder = resources.files("ds_configs")
+    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    try:
+        text = (folder / f"{name}.json" if name in known else Path(name)).read_text(encoding="utf8")
+        content = json.loads(text)
+    except OSError as error:
+        raise UserError(
+            f"--deepspeed {name}: {error.strerror}; there are {', '.join(known)}, or a .json file"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed {name}: not JSON ({error})") from None
+    for key in content:
+        if key in OURS:
+            raise UserError(f"--deepspeed {name}: {key} does not belong there; remove it and set {OURS[key]}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and any(content.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
+        # its optimiser there takes a step of its own, with zero gradients, before the first one
+        raise UserError(
+            f"--deepspeed {name}: bf16 and fp16 need ZeRO stage 1 or more; set zero_optimization.stage, "
+            "or take zero0_autocast_bf16"
+        )
+    offloads = {"offload_optimizer", "offload_param"} & set(content.get("zero_optimization", {}))
+    if stage == 3 and offloads:
+        raise UserError(f"--deepspeed {name}: {offloads.pop()} goes with stage 2 only here; take zero2_bf16_offload")
+    if content.get("fp16", {}).get("enabled") and not gpus:
+        raise UserError(f"--deepspeed {name}: fp16 needs a GPU; on CPUs take zero1_fp32 or zero1_bf16")
+    return name, content
