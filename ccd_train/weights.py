@@ -134,7 +134,7 @@ def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
             replace_file(folder / f"{name}.safetensors", save(state, metadata={"format": "pt"}))
         write_json(folder / CONFIG, description)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}); make room, or choose another place") from None
+        raise _unwritable(folder, error) from None
 
 
 def read_export(folder: Path) -> Weights:
@@ -254,7 +254,11 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); make room, or choose another place") from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error}); make room, or choose another place")
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -265,7 +269,7 @@ def refuse_unwritable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); make room, or choose another place") from None
+        raise _unwritable(path, error) from None
 
 
 def official_name(name: str) -> str:

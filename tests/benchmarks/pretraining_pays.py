@@ -1,6 +1,7 @@
 """What pretraining is for: reading after fine-tuning with few labels, from pretrained and from random weights.
 
-    python tests/benchmarks/pretraining_pays.py --out FOLDER                            nano, some hours of a core
+    python tests/benchmarks/pretraining_pays.py --out FOLDER --alphabet 0123456789 --length 1 3 \\
+        --unlabelled-length 3 7 --level --words 32000 --workers 0 --threads 1      nano, an hour and a half of a core
     python tests/benchmarks/pretraining_pays.py --out FOLDER --config vit_small --recipe recognizer_small \\
         --corpus shards/words --pretrain-samples 2000000 --finetune-samples 1000000            on a GPU
     python tests/benchmarks/pretraining_pays.py --out FOLDER --smoke                           does it run? (2 minutes)
