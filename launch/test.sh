@@ -3,10 +3,12 @@
 #   bash launch/test.sh              what a change must pass before it is committed
 #   bash launch/test.sh --all        slow, SLURM and browser tests too
 #   bash launch/test.sh --coverage   (after --all) measure and print which lines ran; slower
+#   bash launch/test.sh --gpu [OUT]   on a GPU, 8 minutes: right, fast, does it learn; --gpu --rehearse needs none
 #   bash launch/test.sh tests/test_layers.py -k cycle      further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/set_up.sh
+[ "${1:-}" = --gpu ] && { shift; set_up '[test]'; exec python tests/gpu "$@"; }
 marks='not slow and not slurm and not browser'
 [ "${1:-}" = --all ] && { marks=; shift; }
 coverage=

@@ -1,6 +1,6 @@
 """Agreement with the official implementation, whose outputs were recorded once in float32 (tests/golden/README.md).
 
-CCD_GOLDEN_DIR names another set of the same form. Every size is read from its meta.json. Tolerance: 2e-5 of the largest
+CCD_GOLDEN_DIR names another set of the same form, CCD_TEST_DEVICE the device. Every size is read from its meta.json. Tolerance: 2e-5 of the largest
 magnitude of the recorded tensor, and equality for everything that is not a float.
 """
 
@@ -30,6 +30,7 @@ from ccd_train.regions import MIN_PIXELS, SLOTS, label_regions, pool
 from ccd_train.weights import load, read_official
 
 FOLDER = Path(os.environ.get("CCD_GOLDEN_DIR", Path(__file__).parent / "golden"))
+DEVICE = torch.device(os.environ.get("CCD_TEST_DEVICE", "cpu"))
 TOLERANCE = 2e-5
 NETWORKS = ("student", "teacher")
 
@@ -41,7 +42,7 @@ def meta() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Tensor]:
-    return load_file(FOLDER / "expected.safetensors")
+    return load_file(FOLDER / "expected.safetensors", device=str(DEVICE))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def networks(meta: dict[str, Any]) -> SimpleNamespace:
     student, teacher = Student(weights.model).eval(), Teacher(weights.model)
     load(student, weights.student, "official student")
     load(teacher, weights.teacher, "official teacher")
-    return SimpleNamespace(student=student, teacher=teacher, model=weights.model)
+    return SimpleNamespace(student=student.to(DEVICE), teacher=teacher.to(DEVICE), model=weights.model)
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +75,19 @@ def targets(networks: Any, views: Any, output: StudentOutput) -> Tensor:
 
 def assert_close(ours: Tensor, recorded: Tensor) -> None:
     assert ours.shape == recorded.shape
-    difference = (ours.double() - recorded.double()).abs().max()
+    difference = (ours.double().cpu() - recorded.double().cpu()).abs().max()
     assert difference <= TOLERANCE * recorded.double().abs().max(), f"off by {difference:.3g}"
 
 
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     """Bit-packed [B, K, H·W/8] → bool [B, K, H, W]."""
-    bits = np.unpackbits(packed.numpy(), axis=-1, count=height * width)
+    bits = np.unpackbits(packed.cpu().numpy(), axis=-1, count=height * width)
     return torch.from_numpy(bits).bool().unflatten(-1, (height, width))
 
 
 def as_masks(ids: Tensor) -> Tensor:
     """Region ids [B, H, W] → the official masks, one per slot: bool [B, K, H, W]."""
-    return ids[:, None] == torch.arange(1, SLOTS + 1)[:, None, None]
+    return ids.cpu()[:, None] == torch.arange(1, SLOTS + 1)[:, None, None]
 
 
 def per_step(meta: dict[str, Any], value: Any) -> Tensor:
@@ -148,7 +149,7 @@ def test_pooled_features(recorded: dict[str, Tensor], networks: Any, views: Any,
 
 
 def test_which_regions_have_features(recorded: dict[str, Tensor], output: StudentOutput) -> None:
-    tokens = torch.zeros(*recorded["student.tokens"].shape[:2], 1)
+    tokens = torch.zeros(*recorded["student.tokens"].shape[:2], 1, device=DEVICE)
     _, valid = pool(tokens, output.regions.ids)
     assert torch.equal(valid, recorded["pooled_valid"])
 
@@ -175,13 +176,13 @@ def test_distillation_loss(
         recorded["center_before"],
         student_temperature=meta["student_temp"],
         teacher_temperature=meta["teacher_temp"],
-        pairs_global=torch.tensor(output.regions.characters()),
+        pairs_global=torch.tensor(output.regions.characters(), device=DEVICE),
     )
     assert_close(loss.reshape(1), recorded["loss.distillation"])
 
 
 def test_center_after_the_update(meta: dict[str, Any], recorded: dict[str, Tensor], targets: Tensor) -> None:
-    center = Center(meta["out_dim"])
+    center = Center(meta["out_dim"], DEVICE)
     center.value.copy_(recorded["center_before"])
     center.update(targets, meta["center_momentum"])
     assert_close(center.value, recorded["center_after"])
@@ -219,7 +220,7 @@ def words() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def read_record() -> dict[str, Tensor]:
-    return load_file(FOLDER / "recognizer_expected.safetensors")
+    return load_file(FOLDER / "recognizer_expected.safetensors", device=str(DEVICE))
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def charset(words: dict[str, Any]) -> Charset:
 @pytest.fixture(scope="module")
 def recognizer(words: dict[str, Any], charset: Charset) -> Recognizer:
     path = FOLDER / "recognizer_official_layout.pth"
-    return read_recognizer(path, charset, words["num_heads"], words["n_head"], words["max_seq_len"]).network()
+    return read_recognizer(path, charset, words["num_heads"], words["n_head"], words["max_seq_len"]).network().to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ def test_tokens_of_the_charset(words: dict[str, Any], charset: Charset) -> None:
 
 def test_targets_of_labels(words: dict[str, Any], read_record: dict[str, Tensor], charset: Charset) -> None:
     ours = torch.tensor([charset.encode(text, words["max_seq_len"]) for text in words["texts"]])
-    assert torch.equal(ours, read_record["targets"])
+    assert torch.equal(ours, read_record["targets"].cpu())
 
 
 def test_encoder_of_the_recognizer(read_record: dict[str, Tensor], memory: Tensor) -> None:
@@ -278,7 +279,7 @@ def test_greedy_probabilities(read_record: dict[str, Tensor], recognizer: Recogn
     """Step by step with keys and values kept, beyond the end of words as the official code does it."""
     recorded = read_record["greedy_probabilities"]
     decoder, state = recognizer.decoder, recognizer.decoder.begin(memory)
-    token = torch.full((len(memory),), decoder.classes - 1)
+    token = torch.full((len(memory),), decoder.classes - 1, device=DEVICE)
     steps = []
     for _ in range(recorded.shape[1]):
         logits, state = decoder.step(state, token)
