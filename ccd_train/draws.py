@@ -60,6 +60,11 @@ def uniform(keys: Tensor, operation: str) -> Tensor:
     return _shift(mix(keys, operation_word(operation)), 40, 64).to(torch.float32) * 2.0**-24
 
 
+def uniforms(keys: Tensor, words: Tensor) -> Tensor:
+    """float32 [n, B] in [0, 1) for the words int64 [n] of n operations: row by row what `uniform` draws."""
+    return _shift(mix(keys, words[:, None]), 40, 64).to(torch.float32) * 2.0**-24
+
+
 def field(keys: Tensor, operation: str, size: int) -> Tensor:
     """float32 [B, size] in [0, 1) per key: for example one draw per pixel."""
     return spread(mix(keys, operation_word(operation)), size)

@@ -124,7 +124,9 @@ class Engine:
         """`student` on this rank's device, with the same weights on every rank; AdamW's decay rates."""
         deepspeed = _import_deepspeed(config.log.verbose)
         self.name, content = read_deepspeed_file(config.deepspeed)
-        optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, betas=betas)
+        self._offload = "offload_optimizer" in content.get("zero_optimization", {})
+        self._fused = torch.cuda.is_available() and not self._offload  # one kernel for all that a step of AdamW does
+        optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, betas=betas, fused=self._fused)
         content |= {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -137,14 +139,18 @@ class Engine:
             # DeepSpeed's own linear layer, which takes torch's place, rounds before it adds the bias: bf16 would differ
             # from the other stages. What it saves, whole weights kept for the backward pass, is little here.
             content["zero_optimization"].setdefault("memory_efficient_linear", False)
-        self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._names = {id(parameter): name for name, parameter in student.named_parameters()}
         with contextlib.redirect_stdout(sys.stderr if config.log.verbose else io.StringIO()):  # it prints what it found
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=student, optimizer=optimizer, config=content, dist_init_required=False
             )
+        self._finite = True
         if self.stage in (1, 2):
-            self._optimizer.check_grad_overflow = True  # DeepSpeed looks in bf16 and fp16 only
+            # Ours is the verdict on a step, in every precision. DeepSpeed's own takes some fifteen small operations and
+            # a norm of every parameter, which is more than all else that a GPU is told to do in a step.
+            self._optimizer.check_grad_overflow = True
+            self._optimizer.has_overflow = lambda partition_gradients=True: not self._finite
+            self._optimizer.compute_grad_norm = self._offload  # it insists on one there
         if hasattr(self._optimizer, "loss_scaler"):
             self._optimizer.loss_scaler.raise_error_at_min_scale = False  # max_bad_steps ends such a run, in a line
         self._base = getattr(self._optimizer, "optimizer", self._optimizer)
@@ -221,16 +227,21 @@ class Engine:
             self._sent[names] = torch.tensor([self._indices[name] for name in names], device=distributed.device())
         return self._sent[names]
 
+    def exceed(self, norms: Tensor, largest: float) -> Tensor:
+        """Whether `clip` would change anything, bool []."""
+        return (norms + EPS > largest).any()
+
     def clip(self, norms: Tensor, largest: float) -> None:
         """Scales each parameter's gradient down to the norm `largest` (DINO's rule: each tensor by itself)."""
-        factors = (largest / (norms + EPS)).clamp(max=1.0)
+        factors = (largest / (norms + EPS)).clamp(max=1.0).unbind()
         for name, piece in self._gradients():
-            piece.mul_(factors[self._indices[name]].to(piece))
+            piece.mul_(factors[self._indices[name]].to(piece.device))
 
     def step(self, finite: bool) -> bool:
         """Updates the weights; False where the step was skipped, on all ranks alike: nothing has changed then."""
+        self._finite = finite
         if self.sharded or finite:
-            if not finite:
+            if not finite and self.stage == 3:
                 self._poison()  # a loss may be infinite while its gradient is not
             self._engine.step()
             return bool(self._engine.was_step_applied())
@@ -251,6 +262,8 @@ class Engine:
         """Restores weights, buffers, optimiser and loss scale, from as many ranks and the same description."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder / tag}"
+        for state in filter(None, self._base.state.values()):  # a checkpoint of a CPU, or of a version that did not fuse, on a GPU
+            state["step"] = state["step"].to(state["exp_avg"].device if self._fused else "cpu")
 
     @torch.no_grad()
     def load_whole(self, whole: dict[str, dict[str, Tensor]], module: dict[str, Tensor], loss_scale: float) -> None:
@@ -293,7 +306,7 @@ class Engine:
         _, parameter = self._flats[flat]
         if not self._base.state.get(parameter):
             self._base.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=parameter.device if self._fused else "cpu"),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -366,12 +379,10 @@ class Engine:
 
     def _poison(self) -> None:
         """Has DeepSpeed find a gradient that is not finite, so that it skips the step."""
-        if self._offload:
-            self._optimizer.local_overflow = True  # it looked while it copied the gradients, and asks this only
         for _, piece in self._gradients()[:1]:
             piece.view(-1)[:1] = torch.nan
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # stage 3 looks from another stream
+            torch.cuda.synchronize()  # it looks from another stream
 
 
 def _import_deepspeed(verbose: bool) -> Any:

@@ -76,10 +76,13 @@ def train_step(run: Tuning) -> Step:
     norms = engine.gradient_norms()
     written = run.pending is not None and run.pending.written()
     counts = torch.tensor([float(run.stop.wanted()), float(written), float(run.batches.damaged)])
-    sums = torch.cat([loss_sum[None], norms.square().sum()[None], counts.to(device, non_blocking=True)])
+    exceed = engine.exceed(norms, config.optimizer.clip_gradient or math.inf)
+    sums = torch.cat(
+        [loss_sum[None], norms.square().sum()[None], counts.to(device, non_blocking=True), exceed.float()[None]]
+    )
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
-    if finite and config.optimizer.clip_gradient:
+    if finite and totals[5]:
         engine.clip(norms, config.optimizer.clip_gradient)
     run.advance(engine.step(finite), torch.cat([batch.sample_ids for batch in batches]))
     return Step(figures_of(run, lr, totals), waited, totals[2] > 0, totals[3] == distributed.world_size())

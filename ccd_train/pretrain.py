@@ -106,7 +106,7 @@ def train_step(run: Run, logged: bool) -> Step:
     engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
     moving = [center.value, *engine.student.buffers()]  # what a forward pass changes: a skipped step gives it back
     before = [value.clone() for value in moving]
-    sums = torch.zeros(7, device=distributed.device())
+    sums = torch.zeros(8, device=distributed.device())
     for micro_step in range(run.accumulation):
         began = time.monotonic()
         run.watch.at(step, "data")
@@ -131,9 +131,10 @@ def train_step(run: Run, logged: bool) -> Step:
     sums[3], sums[4] = norms.square().sum(), run.stop.wanted()
     sums[5] = run.pending is not None and run.pending.written()
     sums[6] = run.batches.damaged
+    sums[7] = engine.exceed(norms, config.optimizer.clip_gradient or math.inf)
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
-    if finite and config.optimizer.clip_gradient:
+    if finite and totals[7]:
         engine.clip(norms, config.optimizer.clip_gradient)
     applied = engine.step(finite)
     if applied:

@@ -36,7 +36,7 @@ from ccd_train.errors import (
 )
 from ccd_train.life import Stop, claim, describe_run, lock, open_run_dir, write_outcome
 from ccd_train.metrics import Metrics
-from ccd_train.models.vit import Block, VisionTransformer
+from ccd_train.models.vit import VisionTransformer
 from ccd_train.options import to_dict
 from ccd_train.presence import introduce
 from ccd_train.watch import Watch, lost_in
@@ -330,11 +330,9 @@ def use_threads(config: RunConfig) -> None:
 
 
 def compile_blocks(*backbones: VisionTransformer) -> None:
-    """In place: names stay. Not whole blocks: torch.compile fails on the integers that draw stochastic depth."""
+    """In place: names stay."""
     for block in (block for backbone in backbones for block in backbone.blocks):
-        assert isinstance(block, Block)
-        block.attention.compile()
-        block.mlp.compile()
+        block.compile()
 
 
 def check_batches(config: RunConfig, global_batch: int) -> None:

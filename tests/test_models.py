@@ -13,7 +13,7 @@ from ccd_train.config import Config, Model
 from ccd_train.losses import distillation_loss
 from ccd_train.models.ccd import Student, StudentOutput, Teacher
 from ccd_train.models.heads import ProjectionHead, PrototypeLayer
-from ccd_train.models.vit import Block, VisionTransformer
+from ccd_train.models.vit import Block, StochasticDepth, VisionTransformer
 from ccd_train.options import read_recipe
 
 NANO = Model(
@@ -124,21 +124,30 @@ def test_stochastic_depth_does_not_depend_on_the_batch() -> None:
 
 
 def test_stochastic_depth_drops_its_share_and_keeps_the_mean() -> None:
-    block = Block(8, 2, layer=3, drop=0.25).train()
-    branch, keys = torch.ones(20_000, 1, 8), torch.arange(20_000)
-    kept = block.keep(branch, keys, "mlp")
-    assert set(kept.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
-    assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
-    attention = block.keep(branch, keys, "attention")
-    together = ((kept[:, 0, 0] == 0) & (attention[:, 0, 0] == 0)).float().mean()
+    nothing, both = StochasticDepth((0.0, 0.25))(torch.arange(20_000), torch.float32)
+    assert nothing is None
+    assert both is not None
+    assert set(both.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
+    assert both.mean(dim=1).tolist() == pytest.approx([1.0, 1.0], abs=0.02)
+    together = (both == 0).all(dim=0).float().mean()
     assert float(together) == pytest.approx(0.25**2, abs=0.01)  # the two branches are dropped independently
-    assert torch.equal(block.eval().keep(branch, keys, "mlp"), branch)
+
+
+def test_stochastic_depth_draws_for_each_layer_and_branch_by_name() -> None:
+    """All layers at once, bit for bit what a draw for each would give: older checkpoints go on as they were."""
+    keys, rates = torch.arange(500) * 7919, (0.0, 0.05, 0.1)
+    kept = StochasticDepth(rates)(keys, torch.bfloat16)
+    for layer, rate in list(enumerate(rates))[1:]:
+        for row, branch in enumerate(("attention", "mlp")):
+            drawn = draws.uniform(keys, f"drop_path.{layer}.{branch}")
+            assert torch.equal(kept[layer][row], ((drawn >= rate) / (1 - rate)).to(torch.bfloat16))  # type: ignore[index]
 
 
 def test_drop_rates_rise_linearly_from_zero() -> None:
     vit = VisionTransformer(8, 5, 2, drop_path=0.1)
-    assert [block.drop for block in vit.blocks] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
-    assert all(block.drop == 0 for block in Teacher(replace(NANO, drop_path=0.1)).vit.blocks)
+    assert vit.stochastic_depth is not None
+    assert vit.stochastic_depth.rates == pytest.approx((0, 0.025, 0.05, 0.075, 0.1))
+    assert Teacher(replace(NANO, drop_path=0.1)).vit.stochastic_depth is None
 
 
 def test_the_two_views_are_dropped_independently() -> None:

@@ -9,6 +9,7 @@ and stochastic depth is a pure function of a key per image and of the layer, not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -44,26 +45,44 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP, each normed before and added to its input; either may be dropped for an image."""
 
-    def __init__(self, width: int, heads: int, layer: int, drop: float) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.layer, self.drop = layer, drop
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
         self.attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width, eps=EPS)
         self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
 
-    def forward(self, tokens: Tensor, keys: Tensor | None) -> Tensor:
-        """[B, N, D] and draw keys [B] → [B, N, D]."""
-        tokens = tokens + self.keep(self.attention(self.attention_norm(tokens)), keys, "attention")
-        return tokens + self.keep(self.mlp(self.mlp_norm(tokens)), keys, "mlp")
+    def forward(self, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
+        """[B, N, D] → [B, N, D]. kept [2, B]: what attention and MLP are multiplied with, by image; None: with 1."""
+        attended = self.attention(self.attention_norm(tokens))
+        tokens = tokens + (attended if kept is None else attended * kept[0, :, None, None])
+        passed = self.mlp(self.mlp_norm(tokens))
+        return tokens + (passed if kept is None else passed * kept[1, :, None, None])
 
-    def keep(self, branch: Tensor, keys: Tensor | None, name: str) -> Tensor:
-        """Stochastic depth (Huang et al. 2016): a branch vanishes for some images and is scaled up for the others."""
-        if not self.training or self.drop == 0:
-            return branch
-        assert keys is not None, "stochastic depth in training needs the images' draw keys"
-        kept = draws.uniform(keys, f"drop_path.{self.layer}.{name}") >= self.drop
-        return branch * (kept / (1 - self.drop)).to(branch.dtype)[:, None, None]
+
+class StochasticDepth:
+    """Which branches vanish for which images (Huang et al. 2016); the others are scaled up. Draws all at once."""
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        """rates: how probably each block's branches are dropped."""
+        self.rates = tuple(rates)
+
+    def __call__(self, keys: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
+        """For every block [2, B] from draw keys [B], or None where nothing is ever dropped."""
+        words, rates = _operations(self.rates, keys.device)
+        drawn = draws.uniforms(keys, words)
+        kept = ((drawn >= rates) / (1 - rates)).to(dtype).unflatten(0, (-1, 2)).unbind()
+        dropping = iter(kept)
+        return [next(dropping) if rate else None for rate in self.rates]
+
+
+@cache
+def _operations(rates: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The words of the draws, int64 [n], and their rates, float32 [n, 1]: sent to a device once."""
+    dropping = {layer: rate for layer, rate in enumerate(rates) if rate}
+    names = [f"drop_path.{layer}.{branch}" for layer in dropping for branch in ("attention", "mlp")]
+    words = torch.tensor([draws.operation_word(name) for name in names], device=device)
+    return words, torch.tensor([[rate] for rate in dropping.values() for _ in range(2)], device=device)
 
 
 class VisionTransformer(nn.Module):
@@ -91,7 +110,8 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH)
         self.position_embedding = nn.Parameter(torch.empty(1, GRID[0] * GRID[1], width))
         rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, layer, rate) for layer, rate in enumerate(rates))
+        self.stochastic_depth = StochasticDepth(rates) if any(rates) else None
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in rates)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.tap_norms = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in self.taps)
         nn.init.trunc_normal_(self.position_embedding, std=INITIAL_STD)
@@ -108,11 +128,15 @@ class VisionTransformer(nn.Module):
         # contiguous: the residual stream keeps its layout through all blocks, and every layer would turn it around
         tokens = patches.flatten(2).transpose(1, 2).contiguous() + self.position_embedding
         taps: list[Tensor] = []
+        kept: list[Tensor | None] = [None] * len(self.blocks)
+        if self.training and self.stochastic_depth is not None:
+            assert keys is not None, "stochastic depth in training needs the images' draw keys"
+            kept = self.stochastic_depth(keys, tokens.dtype)
         for number, block in enumerate(self.blocks, start=1):
             if self.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, keys, use_reentrant=False)
+                tokens = checkpoint(block, tokens, kept[number - 1], use_reentrant=False)
             else:
-                tokens = block(tokens, keys)
+                tokens = block(tokens, kept[number - 1])
             if number in self.taps:
                 tapped = self.tap_norms[len(taps)](tokens)
                 taps.append(tapped.transpose(1, 2).unflatten(2, GRID))

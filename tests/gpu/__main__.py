@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PARTS = {"right": 0.3, "fast": 0.65, "learn": 1.0}  # by which share of the time each must be done
+PARTS = {"right": 0.3, "fast": 0.55, "learn": 1.0}  # by which share of the time each must be done
 WORDS, REHEARSED_WORDS = 120_000, 400
 
 

@@ -6,15 +6,16 @@ In one process, one after the other, in order of worth; what there is no time fo
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import statistics
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -187,9 +188,11 @@ def wrap_phases(run: Run) -> Phases:
     return phases
 
 
-def anatomy(part: Part, recipe: str, batch: int) -> None:
+def anatomy(part: Part, recipe: str, batch: int, compiled: bool) -> None:
     """Of a step: phases, launches and waits; what a logged step and a checkpoint cost; and the loader."""
-    with running(settings(part, recipe, batch, "zero1_bf16")) as run:
+    config = settings(part, recipe, batch, "zero1_bf16", compile=compiled)
+    recipe = f"{recipe}{', compiled' * compiled}"
+    with running(config) as run:
         fed = run.batches
         for _ in range(2 if part.rehearse else WARM):
             train_step(run, logged=False)
@@ -229,15 +232,37 @@ def launches(part: Part, run: Run, recipe: str, batch: int) -> None:
     with torch.profiler.profile(activities=kinds) as profiler:
         train_step(run, logged=False)
         wait_for_device()
+    with warnings.catch_warnings(record=True) as places:
+        warnings.simplefilter("always")
+        with awaited():
+            train_step(run, logged=False)
     counts = {event.key: event.count for event in profiler.key_averages()}
     launched = sum(count for name, count in counts.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
-    waits = sum(count for name, count in counts.items() if "Synchronize" in name) - 1  # ours, at the end
+    waits = len(places)
     copies = sum(count for name, count in counts.items() if name == "cudaMemcpyAsync")
     part.add("launches of a step", recipe=recipe, batch=batch, kernels=launched, waits=waits, copies=copies)
-    hot = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:12]
-    for event in hot:
-        part.add("kernels by time", name=event.key[:70].replace("|", "/"), calls=event.count,
-                 ms=event.self_device_time_total / 1e3)  # fmt: skip
+    for place in dict.fromkeys(f"{Path(one.filename).name}:{one.lineno}" for one in places):
+        part.add("waits of a step", recipe=recipe, batch=batch, place=place)
+    ran = [event for event in profiler.key_averages() if event.device_type != torch.autograd.DeviceType.CPU]
+    total = sum(event.self_device_time_total for event in ran)
+    part.add("kernels by time", recipe=recipe, batch=batch, name="all", calls=sum(event.count for event in ran),
+             ms=total / 1e3)  # fmt: skip
+    for event in sorted(ran, key=lambda event: -event.self_device_time_total)[:20]:
+        part.add("kernels by time", recipe=recipe, batch=batch, name=event.key[:90].replace("|", "/"),
+                 calls=event.count, ms=event.self_device_time_total / 1e3)  # fmt: skip
+
+
+@contextmanager
+def awaited() -> Iterator[None]:
+    """torch warns of every place where the host waits for the device."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def label_on_host(masks: Tensor, min_pixels: int = regions.MIN_PIXELS) -> Tensor:
@@ -277,10 +302,11 @@ def main() -> int:
 
     jobs: list[tuple[float, Callable[[], None]]] = [
         (10, lambda: speed(part, small, usual, False, rate)),
-        (15, lambda: anatomy(part, small, usual)),
+        (15, lambda: anatomy(part, small, usual, False)),
         (10, lambda: speed(part, small, least, False, rate)),
         (10, official),
         (COMPILE_SECONDS, lambda: speed(part, small, usual, True, rate)),
+        (COMPILE_SECONDS, lambda: anatomy(part, small, usual, True)),
         (10, lambda: speed(part, small, most, False, rate)),
         (10, lambda: speed(part, tiny, usual, False, rate)),
         (10, lambda: speed(part, base, usual, False, rate)),
@@ -292,7 +318,7 @@ def main() -> int:
         (COMPILE_SECONDS, lambda: speed(part, base, usual, True, rate)),
     ]
     left_out = 0
-    for needed, job in jobs[:6] if part.rehearse else jobs:
+    for needed, job in jobs[:7] if part.rehearse else jobs:
         if part.left() < needed and not part.rehearse:
             left_out += 1
             continue

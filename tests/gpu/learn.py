@@ -15,9 +15,9 @@ from typing import Any
 from rows import Part, arguments, metrics, shards, train
 
 BATCH = 256
-START_SECONDS = 25  # of a program until its first step, and of its end
+START_SECONDS = 30  # of a program until its first step, and of its end
 TUNING_SHARE = 0.4  # of the time
-TUNED_PER_SECOND = 700  # images of one of four fine-tunings that share the device, where nothing was measured
+TUNED_PER_SECOND = 400  # images of one of four fine-tunings that share the device, where nothing was measured
 FRACTIONS = (0.01, 0.1)
 
 

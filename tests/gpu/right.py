@@ -140,6 +140,7 @@ def main() -> int:
     part = arguments()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     words = shards(part, "few")
+    shards(part, "valid")
     golden, runs = parity(part), stages(part, words)
     held = [compare_views(part, words), kill_and_resume(part, words), judge_stages(part, runs)]
     code = golden.wait(max(1.0, part.left()))

@@ -1,4 +1,4 @@
-"""Renders the words of the GPU test: words.py FOLDER COUNT. A few at once for `right` and `fast`, then many to learn on.
+"""Renders the words of the GPU test: words.py FOLDER COUNT. A few for `right` and `fast`, then many to learn on.
 
 FOLDER/few and FOLDER/many are shards, FOLDER/valid and FOLDER/test are LMDBs; each appears when it is whole.
 """
