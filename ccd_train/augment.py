@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ccd_train import distributed
 from ccd_train.draws import field, mix, uniform
 from ccd_train.errors import UserError
 from ccd_train.geometry import Affine, sample_theta, sampling_grid, warp_images
-from ccd_train.photometric.chain import Runner, upload
+from ccd_train.photometric.chain import Runner
 from ccd_train.photometric.tables import constant
 from ccd_train.severities import Augment
 
@@ -84,7 +85,7 @@ class Augmentation:
             torch.cat([torch.zeros_like(warped), ~warped]),
         )
         regular, irregular = views.chunk(2)
-        rows, theta = upload(warped.nonzero()[:, 0], images_u8.device), upload(theta, images_u8.device)
+        rows, theta = (distributed.upload(table, images_u8.device) for table in (warped.nonzero()[:, 0], theta))
         if len(rows):
             irregular.index_copy_(0, rows, warp_images(irregular.index_select(0, rows), theta.index_select(0, rows)))
         normalize(views)
@@ -112,7 +113,7 @@ class WordAugmentation:
             kind = (uniform(keys, "warp.kind") * len(self.warps)).long()
             thetas = torch.stack([sample_theta(keys, native_size, warp) for warp in self.warps])
             theta, knots = thetas[kind, torch.arange(len(rows))], draw_knots(keys) * (kind == 1)[:, None, None, None]
-            rows, theta, knots = (upload(table, images.device) for table in (rows, theta, knots))
+            rows, theta, knots = (distributed.upload(table, images.device) for table in (rows, theta, knots))
             images.index_copy_(0, rows, bend(images.index_select(0, rows), theta, knots))
         normalize(images)
         return images

@@ -2,7 +2,7 @@
 
 Shapes: D width, P prototypes, M characters of an image, W ranks; an operation is a multiplication or an addition.
 Parameters and operations are exact (tests/test_estimate.py counts them); memory is within 15 % of what was measured on
-CPUs; times are a model, whose assumptions are the constants below. None of them was fitted to a GPU.
+CPUs; times are a model, whose assumptions are the constants below. They were fitted to one H200.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ PATCH = 4 * 4 * 3
 SLOTS = 26
 BLOCK_TENSORS = 17  # of [tokens, D], kept by a block for its backward pass
 VIEWS = 2
-BUCKET = 500_000_000  # numbers in DeepSpeed's zero_optimization.reduce_bucket_size, which stage 3 allocates at once
 Precision = Literal["bf16", "fp32"]
 
-# Assumptions about time.
+# Assumptions about time; those of one GPU were fitted to an H200 (docs/performance.md).
 MATRIX_SHARE = 0.5  # of the peak that products of these sizes reach; large square ones reach 0.8 on an H200
-TOUCHES = 5.0  # times that a kept activation passes through memory: written, read twice, its gradient written and read
-LAUNCH_SECONDS = 5e-6  # of the host for an operation of eager PyTorch
-LAUNCHES_FIXED, LAUNCHES_PER_BLOCK = 3430, 300  # operations of a step, counted: views, heads, losses, optimiser; blocks
+TOUCHES = 19.0  # times that a kept activation passes through memory, in eager PyTorch
+LAUNCH_SECONDS = 32e-6  # of the host for an operation of eager PyTorch, on a virtual machine
+LAUNCHES_FIXED, LAUNCHES_PER_BLOCK = 2850, 85  # operations of a step, counted: views, heads, losses, optimiser; blocks
+EXPOSED = 1 / 3  # of the host's time nothing hides, as the device stands idle then: views and the end of a step
 SMALL_COLLECTIVES = 20  # of a step: batch norms forward and backward, counts, centre, norms
 SMALL_SECONDS = 20e-6  # of one of them within a node; as much again for every doubling of the nodes
 RING_SHARE = 0.8  # of a link's speed that large collectives reach
@@ -106,8 +106,11 @@ def training_flops(model: Model, characters: float) -> float:
     return VIEWS * (student + teacher)
 
 
-def state_bytes(model: Model, stage: int, ranks: int, precision: Precision, bucket: int = BUCKET) -> dict[str, float]:
-    """What a rank keeps when it is about to update the weights, in bytes, by what it is."""
+def state_bytes(model: Model, stage: int, ranks: int, precision: Precision, bucket: int = 0) -> dict[str, float]:
+    """What a rank keeps when it is about to update the weights, in bytes, by what it is.
+
+    bucket: numbers in zero_optimization.reduce_bucket_size; 0: as many as there are parameters, which is our default.
+    """
     parts = parameters(model)
     whole = sum(parts.values())
     moved = whole - (model.prototypes if model.freeze_gain else 0)
@@ -120,7 +123,7 @@ def state_bytes(model: Model, stage: int, ranks: int, precision: Precision, buck
         "fp32 masters": 4 * moved * share if stage else 0.0,
         "Adam's moments": 8 * moved * share,
         "teacher": 2 * size * shared + 4 * shared * share,  # its weights, the row they are gathered into, the average
-        "bucket": float(size * bucket) if stage == 3 else 0.0,
+        "buckets": {0: 0.0, 3: float(size)}.get(stage, 8.0) * (bucket or whole),  # stages 1 and 2: two, in fp32
     }
 
 
@@ -185,14 +188,14 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        """The device multiplies and moves in turn; the host launches beside it; the network's rest comes on top."""
-        return max(self.matrix + self.memory, self.launches) + self.network
+        """The device multiplies and moves in turn, the host launches mostly beside it; the network comes on top."""
+        return max(self.matrix + self.memory + EXPOSED * self.launches, self.launches) + self.network
 
     @property
     def bottleneck(self) -> str:
         if self.network > 0.5 * self.step:
             return "network"
-        if self.launches > self.matrix + self.memory:
+        if (1 - EXPOSED) * self.launches > self.matrix + self.memory:
             return "launches"
         return "matrix units" if self.matrix > self.memory else "memory"
 

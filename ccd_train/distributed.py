@@ -51,6 +51,12 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def upload(table: Tensor, to: torch.device | None = None) -> Tensor:
+    """A tensor of the host on a device, by default this rank's, without waiting for what the device is doing."""
+    to = to or device()
+    return table.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else table
+
+
 def end_with_launcher() -> None:
     """Has this process told to stop (SIGTERM) when the launcher that started it is killed: no rank goes on alone.
 

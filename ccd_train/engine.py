@@ -135,6 +135,9 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
         }
         self.stage = int(content.get("zero_optimization", {}).get("stage", 0))
+        if self.stage:  # as large as there are gradients: DeepSpeed's default takes 4 GB for a network of any size
+            whole = sum(parameter.numel() for parameter in student.parameters())
+            content["zero_optimization"].setdefault("reduce_bucket_size", whole)
         if self.stage == 3:
             # DeepSpeed's own linear layer, which takes torch's place, rounds before it adds the bias: bf16 would differ
             # from the other stages. What it saves, whole weights kept for the backward pass, is little here.
@@ -228,8 +231,8 @@ class Engine:
         return self._sent[names]
 
     def exceed(self, norms: Tensor, largest: float) -> Tensor:
-        """Whether `clip` would change anything, bool []."""
-        return (norms + EPS > largest).any()
+        """1 where `clip` would change anything, else 0: float32 []."""
+        return (norms + EPS > largest).any().float()
 
     def clip(self, norms: Tensor, largest: float) -> None:
         """Scales each parameter's gradient down to the norm `largest` (DINO's rule: each tensor by itself)."""
@@ -262,7 +265,8 @@ class Engine:
         """Restores weights, buffers, optimiser and loss scale, from as many ranks and the same description."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder / tag}"
-        for state in filter(None, self._base.state.values()):  # a checkpoint of a CPU, or of a version that did not fuse, on a GPU
+        # Where the counter of a fused AdamW lies is not where one lies that is not: the checkpoint may come from either.
+        for state in filter(None, self._base.state.values()):
             state["step"] = state["step"].to(state["exp_avg"].device if self._fused else "cpu")
 
     @torch.no_grad()

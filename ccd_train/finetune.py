@@ -75,17 +75,15 @@ def train_step(run: Tuning) -> Step:
     run.watch.at(step, "update")
     norms = engine.gradient_norms()
     written = run.pending is not None and run.pending.written()
-    counts = torch.tensor([float(run.stop.wanted()), float(written), float(run.batches.damaged)])
+    known = torch.tensor([float(run.stop.wanted()), float(written), float(run.batches.damaged)])
     exceed = engine.exceed(norms, config.optimizer.clip_gradient or math.inf)
-    sums = torch.cat(
-        [loss_sum[None], norms.square().sum()[None], counts.to(device, non_blocking=True), exceed.float()[None]]
-    )
+    sums = torch.cat([torch.stack([loss_sum, norms.square().sum(), exceed]), distributed.upload(known)])
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
-    if finite and totals[5]:
+    if finite and totals[2]:
         engine.clip(norms, config.optimizer.clip_gradient)
     run.advance(engine.step(finite), torch.cat([batch.sample_ids for batch in batches]))
-    return Step(figures_of(run, lr, totals), waited, totals[2] > 0, totals[3] == distributed.world_size())
+    return Step(figures_of(run, lr, totals), waited, totals[3] > 0, totals[4] == distributed.world_size())
 
 
 def encode(run: Tuning, batch: Batch) -> torch.Tensor:
@@ -106,7 +104,7 @@ def figures_of(run: Tuning, lr: float, totals: list[float]) -> dict[str, float]:
         "grad_norm": math.sqrt(totals[1] / ranks) if math.isfinite(totals[1]) else math.nan,
         "loss_scale": run.engine.loss_scale,
         "skipped_steps": progress.skipped_steps,
-        "damaged_samples": int(totals[4]),
+        "damaged_samples": int(totals[5]),
     }
 
 

@@ -93,7 +93,7 @@ def losses_of(run: Run, host: Batch, now: Rates) -> Losses:
     logits = student.segmentation_logits.detach()
     seen = Seen(batch.images_u8, batch.pseudo_mask, regular, irregular, logits, *student.regions)
     has_regions = torch.zeros(len(logits) // 2, dtype=torch.bool, device=device)
-    has_regions[student.regions.image] = True
+    has_regions.index_fill_(0, student.regions.image, True)
     return Losses(distillation, segmentation, characters, targets, student.features, has_regions, seen)
 
 
@@ -106,7 +106,7 @@ def train_step(run: Run, logged: bool) -> Step:
     engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
     moving = [center.value, *engine.student.buffers()]  # what a forward pass changes: a skipped step gives it back
     before = [value.clone() for value in moving]
-    sums = torch.zeros(8, device=distributed.device())
+    losses_seen = torch.zeros(3, device=distributed.device())
     for micro_step in range(run.accumulation):
         began = time.monotonic()
         run.watch.at(step, "data")
@@ -125,16 +125,16 @@ def train_step(run: Run, logged: bool) -> Step:
             )  # fmt: skip
         if not config.distillation.sinkhorn_rounds:
             center.update(losses.targets, now.center_momentum)
-        sums[:3] += torch.stack([losses.distillation.detach(), losses.segmentation.detach(), losses.characters])
+        losses_seen += torch.stack([losses.distillation.detach(), losses.segmentation.detach(), losses.characters])
     run.watch.at(step, "update")
     norms = engine.gradient_norms()
-    sums[3], sums[4] = norms.square().sum(), run.stop.wanted()
-    sums[5] = run.pending is not None and run.pending.written()
-    sums[6] = run.batches.damaged
-    sums[7] = engine.exceed(norms, config.optimizer.clip_gradient or math.inf)
+    exceed = engine.exceed(norms, config.optimizer.clip_gradient or math.inf)
+    written = run.pending is not None and run.pending.written()
+    known = torch.tensor([float(run.stop.wanted()), float(written), float(run.batches.damaged)])
+    sums = torch.cat([losses_seen, torch.stack([norms.square().sum(), exceed]), distributed.upload(known)])
     totals = distributed.all_reduce_sum(sums).tolist()  # waits for the device; the same on all ranks, as are decisions
     finite = all(map(math.isfinite, totals))
-    if finite and totals[7]:
+    if finite and totals[4]:
         engine.clip(norms, config.optimizer.clip_gradient)
     applied = engine.step(finite)
     if applied:
@@ -146,7 +146,7 @@ def train_step(run: Run, logged: bool) -> Step:
     run.advance(applied, torch.cat(sample_ids))
     values = torch.stack(list(statistics.values())).tolist() if logged else []
     figures = figures_of(run, now, totals) | dict(zip(statistics, values, strict=True))
-    return Step(figures, waited, totals[4] > 0, totals[5] == distributed.world_size(), losses.seen)
+    return Step(figures, waited, totals[5] > 0, totals[6] == distributed.world_size(), losses.seen)
 
 
 def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
@@ -167,7 +167,7 @@ def figures_of(run: Run, now: Rates, totals: list[float]) -> dict[str, float]:
         "characters": totals[2] / run.global_batch,
         "loss_scale": run.engine.loss_scale,
         "skipped_steps": progress.skipped_steps,
-        "damaged_samples": int(totals[6]),
+        "damaged_samples": int(totals[7]),
         "regions_from_student": float(now.regions_from_student),
     }
 

@@ -13,7 +13,7 @@ from ccd_train.config import Config, Model
 from ccd_train.losses import distillation_loss
 from ccd_train.models.ccd import Student, StudentOutput, Teacher
 from ccd_train.models.heads import ProjectionHead, PrototypeLayer
-from ccd_train.models.vit import Block, StochasticDepth, VisionTransformer
+from ccd_train.models.vit import StochasticDepth, VisionTransformer
 from ccd_train.options import read_recipe
 
 NANO = Model(

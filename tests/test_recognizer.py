@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccd_train import config, draws, finetuning
 from ccd_train.charset import read_charset
@@ -40,6 +40,23 @@ def keys() -> Tensor:
 def test_shapes(recognizer: Recognizer) -> None:
     assert recognizer.encode(images()).shape == (4, 256, SIZES.width)
     assert recognizer(images(), targets()).shape == (4, 24, CHARSET.classes)
+
+
+@pytest.mark.parametrize("place_codes", [False, True])
+def test_no_layer_gets_another_type_than_its_weights(place_codes: bool) -> None:
+    """A GPU refuses that where a CPU does not. Buffers stay float32, as DeepSpeed leaves them."""
+    network = Recognizer(MODEL, replace(SIZES, place_codes=place_codes), CHARSET.classes).train()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16()
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    for layer in network.modules():
+        if isinstance(layer, nn.LayerNorm | nn.Linear):
+            layer.register_forward_pre_hook(lambda one, given: seen.append((given[0].dtype, one.weight.dtype)))
+    logits = network(images().bfloat16(), targets(), keys())
+    decoder = network.eval().decoder
+    decoder.step(decoder.begin(network.encode(images().bfloat16())), torch.zeros(len(WORDS), dtype=torch.int64))
+    assert logits.dtype == torch.bfloat16
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Agreement with the official implementation, whose outputs were recorded once in float32 (tests/golden/README.md).
 
-CCD_GOLDEN_DIR names another set of the same form, CCD_TEST_DEVICE the device. Every size is read from its meta.json. Tolerance: 2e-5 of the largest
-magnitude of the recorded tensor, and equality for everything that is not a float.
+CCD_GOLDEN_DIR names another set of the same form, CCD_TEST_DEVICE the device. Every size is read from its meta.json.
+Tolerance: 2e-5 of the largest magnitude of the recorded tensor, and equality for everything that is not a float.
 """
 
 from __future__ import annotations
@@ -232,7 +232,9 @@ def charset(words: dict[str, Any]) -> Charset:
 @pytest.fixture(scope="module")
 def recognizer(words: dict[str, Any], charset: Charset) -> Recognizer:
     path = FOLDER / "recognizer_official_layout.pth"
-    return read_recognizer(path, charset, words["num_heads"], words["n_head"], words["max_seq_len"]).network().to(DEVICE)
+    return (
+        read_recognizer(path, charset, words["num_heads"], words["n_head"], words["max_seq_len"]).network().to(DEVICE)
+    )
 
 
 @pytest.fixture(scope="module")

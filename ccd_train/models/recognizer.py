@@ -150,6 +150,7 @@ class State(NamedTuple):
 
 class Decoder(nn.Module):
     positions: Tensor
+    """float32 whatever the weights are: DeepSpeed turns parameters into bf16 or fp16, but not buffers."""
 
     def __init__(self, sizes: finetuning.Recognizer, classes: int) -> None:
         super().__init__()
@@ -195,7 +196,8 @@ class Decoder(nn.Module):
         return [layer.image.pair(memory) for layer in cast(Iterable[Layer], self.layers)]
 
     def _embed(self, tokens: Tensor, place: int) -> Tensor:
-        return self.embedding(tokens) + self.positions[:, place : place + tokens.shape[1]]  # type: ignore[no-any-return]
+        embedded: Tensor = self.embedding(tokens)
+        return (embedded + self.positions[:, place : place + tokens.shape[1]]).to(embedded.dtype)
 
 
 class Recognizer(nn.Module):
@@ -226,7 +228,7 @@ class Recognizer(nn.Module):
         """Normalised images [B, 3, 32, 128] → memory [B, S, E]; keys int64 [B] in training."""
         tokens, _ = self.vit(images, keys)
         memory: Tensor = self.encoder(tokens, keys)
-        return memory if self.places is None else memory + self.places
+        return memory if self.places is None else (memory + self.places).to(memory.dtype)
 
     def forward(self, images: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images [B, 3, 32, 128], targets int64 [B, T] → logits [B, T-1, C] of targets[:, 1:]."""

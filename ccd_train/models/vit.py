@@ -56,7 +56,7 @@ class Block(nn.Module):
         """[B, N, D] → [B, N, D]. kept [2, B]: what attention and MLP are multiplied with, by image; None: with 1."""
         attended = self.attention(self.attention_norm(tokens))
         tokens = tokens + (attended if kept is None else attended * kept[0, :, None, None])
-        passed = self.mlp(self.mlp_norm(tokens))
+        passed: Tensor = self.mlp(self.mlp_norm(tokens))
         return tokens + (passed if kept is None else passed * kept[1, :, None, None])
 
 

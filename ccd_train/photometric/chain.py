@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ccd_train import distributed
 from ccd_train.draws import field, mix, operation_word, uniform
 from ccd_train.photometric import blur, clahe, color, contrast, filters, jpeg, noise, weather
 from ccd_train.severities import RANGES, WHOLE, Chain, Group
@@ -173,16 +174,13 @@ class Runner:
         for stage in stages:
             moves.append(places[stage.order])
             places = stage.order.argsort()
-        indices = upload(torch.stack([*moves, *(stage.seeds for stage in stages), places]), images_u8.device)
-        columns = upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
+        indices = distributed.upload(
+            torch.stack([*moves, *(stage.seeds for stage in stages), places]), images_u8.device
+        )
+        columns = distributed.upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
         images = images_u8.float()
         for number, stage in enumerate(stages):
             images = images.index_select(0, indices[number])
             stage.apply(images, indices[len(stages) + number], columns[:, : stage.parameters.shape[1]])
             columns = columns[:, stage.parameters.shape[1] :]
         return images.index_select(0, indices[-1])
-
-
-def upload(table: Tensor, device: torch.device) -> Tensor:
-    """The table on the device, without waiting for what the device is doing."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

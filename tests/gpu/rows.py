@@ -55,7 +55,7 @@ def start(log: Path, *command: object, threads: int = 2) -> subprocess.Popen[byt
 
 
 def train(verb: str, run_dir: Path, *options: object) -> subprocess.Popen[bytes]:
-    return start(run_dir.with_suffix(".log"), "-m", "ccd_train", verb, "--run_dir", run_dir, *options)
+    return start(run_dir.with_name(f"{run_dir.name}.log"), "-m", "ccd_train", verb, "--run_dir", run_dir, *options)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
