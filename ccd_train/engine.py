@@ -265,7 +265,7 @@ class Engine:
         """Restores weights, buffers, optimiser and loss scale, from as many ranks and the same description."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder / tag}"
-        # Where the counter of a fused AdamW lies is not where one lies that is not: the checkpoint may come from either.
+        # A fused AdamW has its counters on the device, another one on the host: the checkpoint may be of either.
         for state in filter(None, self._base.state.values()):
             state["step"] = state["step"].to(state["exp_avg"].device if self._fused else "cpu")
 
