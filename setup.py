@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ccd_train", "ccd_train.*", "data_tools", "data_tools.*", "launch", "ds_configs"]),
     package_data={
-        "ccd_train": ["recipes/*.yaml", "*.css"],
+        "ccd_train": ["config/recipes/*.yaml", "reports/*.css"],
         "ds_configs": ["*.json"],
         "launch": ["*.sh", "*.sbatch", "constraints.txt"],
     },

@@ -33,7 +33,7 @@ def verb() -> int:
         return 0
     if name not in VERBS:
         raise UserError(f"ccd-train {name}: no such verb; there are {', '.join(VERBS)}")
-    return importlib.import_module(f"ccd_train.{name}").main(arguments)  # type: ignore[no-any-return]
+    return importlib.import_module(f"ccd_train.commands.{name}").main(arguments)  # type: ignore[no-any-return]
 
 
 def main() -> None:

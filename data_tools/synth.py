@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccd_train.data.records import LmdbWriter
-from ccd_train.data.synthetic import Word, find_fonts, render
 from ccd_train.errors import FINISHED, UserError
 from data_tools.pool import Report, available_cores, run_jobs
 from data_tools.progress import Progress
+from data_tools.words import Word, find_fonts, render
 
 CHUNK = 64  # words that a process renders at once
 

@@ -10,9 +10,9 @@ import re
 import sys
 from pathlib import Path
 
-from ccd_train.config import Config
+from ccd_train.config.options import describe, parse
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError, run
-from ccd_train.options import describe, parse
 from launch import outcome
 
 PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # what a shell leaves alone

@@ -9,9 +9,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from ccd_train.config.options import parse
 from ccd_train.data.records import find_lmdbs
 from ccd_train.errors import UserError
-from ccd_train.options import parse
 from launch import slurm
 from launch.outcome import SETTINGS
 from launch.preflight import check_training, check_writable

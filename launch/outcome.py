@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ccd_train.config import Config
+from ccd_train.config.options import parse
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
 from ccd_train.errors import FAILED, UNFINISHED, UserError, run
-from ccd_train.finetuning import FineTuning
-from ccd_train.options import parse
 
 SETTINGS: dict[str, type[Config | FineTuning]] = {"pretrain": Config, "finetune": FineTuning}
 """Of the verbs that train."""

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 
-from ccd_train import run, tuning
-from ccd_train.charset import read_charset
-from ccd_train.config import Config
+from ccd_train.config.deepspeed import read_deepspeed_file
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import SCRATCH, FineTuning
+from ccd_train.data.charset import read_charset
 from ccd_train.data.shards import Corpus
 from ccd_train.data.words import open_words
-from ccd_train.deepspeed_file import read_deepspeed_file
 from ccd_train.errors import UserError
-from ccd_train.finetuning import SCRATCH, FineTuning
-from ccd_train.life import claim
 from ccd_train.models.ccd import Student
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.probe import read_words
+from ccd_train.tasks.pretrain import run
+from ccd_train.tasks.pretrain.probe import read_words
+from ccd_train.tasks.recognize import run as tuning
+from ccd_train.training.life import claim
 from launch.lives import newest_step
 
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision

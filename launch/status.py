@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ccd_train.config import Config, RunConfig
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
+from ccd_train.config.run import RunConfig
 from ccd_train.durations import duration
 from ccd_train.errors import UserError
-from ccd_train.finetuning import FineTuning
-from ccd_train.options import read_recipe
 from launch import slurm
 from launch.lives import begins, newest_step, read_lives
 from launch.outcome import read_outcome

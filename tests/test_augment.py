@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ccd_train.augment import MEAN, STD, Augmentation, Views, WordAugmentation
+from ccd_train.augment.geometry import Affine, sample_theta, warp_images
+from ccd_train.augment.photometric.chain import Runner, Stage, Table
+from ccd_train.augment.severities import CHAINS, Augment, Group
+from ccd_train.augment.views import MEAN, STD, Augmentation, Views, WordAugmentation
 from ccd_train.draws import mix, sample_keys
 from ccd_train.errors import UserError
-from ccd_train.geometry import Affine, sample_theta, warp_images
-from ccd_train.photometric.chain import Runner, Stage, Table
-from ccd_train.severities import CHAINS, Augment, Group
 
 SIZE = (64, 3, 32, 128)
 SEVERITIES = [name for name in CHAINS if name.startswith("severity")]

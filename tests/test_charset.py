@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccd_train.charset import LENGTH, NAMED, UNKNOWN, Charset, read_charset
+from ccd_train.data.charset import LENGTH, NAMED, UNKNOWN, Charset, read_charset
 from ccd_train.errors import UserError
 
 DICT90 = read_charset("DICT90")

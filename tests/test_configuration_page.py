@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from ccd_train import reference
-from ccd_train.config import Config
-from ccd_train.finetuning import FineTuning
-from ccd_train.options import help_texts, option_names
+from ccd_train.config import reference
+from ccd_train.config.options import help_texts, option_names
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == reference.page(), "python -m ccd_train.reference > docs/configuration.md"
+    remedy = "python -m ccd_train.config.reference > docs/configuration.md"
+    assert PAGE.read_text(encoding="utf-8") == reference.page(), remedy
 
 
 @pytest.mark.parametrize("kind", [Config, FineTuning])

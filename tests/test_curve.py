@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ccd_train.curve import CURVES, draw, main, read_curves
+from ccd_train.commands.curve import CURVES, draw, main, read_curves
 from ccd_train.errors import UserError
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ccd_train import config, finetuning
-from ccd_train.charset import read_charset
-from ccd_train.decoding import Words, decode, read
+from ccd_train.config import pretraining as config
+from ccd_train.config import recognition as finetuning
+from ccd_train.data.charset import read_charset
+from ccd_train.models.decoding import Words, decode, read
 from ccd_train.models.recognizer import Decoder, Recognizer
 
 CHARSET = read_charset("36")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ccd_train import draws
-from ccd_train.photometric.reference import hashed
+from ccd_train.augment.photometric.reference import hashed
 
 WORDS = st.integers(-(2**63), 2**63 - 1)
 GOLDEN_KEYS = [484692998028658458, 8474303559968977115]

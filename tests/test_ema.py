@@ -12,9 +12,9 @@ from ranks import run_ranks
 from test_engine import small, stage_file
 from torch import Tensor
 
-from ccd_train.config import Config
-from ccd_train.pretrain import train_step
-from ccd_train.run import begin
+from ccd_train.config.pretraining import Config
+from ccd_train.tasks.pretrain.run import begin
+from ccd_train.tasks.pretrain.step import train_step
 
 MOMENTUM = 0.9995
 STEPS = 20

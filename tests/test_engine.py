@@ -14,14 +14,14 @@ from ranks import run_ranks
 from torch import Tensor
 
 from ccd_train import distributed
-from ccd_train.config import Config
-from ccd_train.deepspeed_file import OURS, read_deepspeed_file
-from ccd_train.engine import parameter_groups
+from ccd_train.config.deepspeed import OURS, read_deepspeed_file
+from ccd_train.config.options import from_dict
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import TrainingError, UserError
 from ccd_train.models import ccd
-from ccd_train.options import from_dict
-from ccd_train.pretrain import losses_of, train_step
-from ccd_train.run import Run, begin
+from ccd_train.tasks.pretrain.run import Run, begin
+from ccd_train.tasks.pretrain.step import losses_of, train_step
+from ccd_train.training.engine import parameter_groups
 
 SMALL: dict[str, Any] = {
     "model": {

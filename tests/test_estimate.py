@@ -19,13 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ccd_train import budget, estimate
-from ccd_train.config import Config, Model
+from ccd_train.commands import estimate
+from ccd_train.config.options import parse, read_recipe
+from ccd_train.config.pretraining import Config, Model
 from ccd_train.errors import UserError
+from ccd_train.models import budget
 from ccd_train.models.ccd import Student, Teacher
-from ccd_train.options import parse, read_recipe
-from ccd_train.pretrain import train_step
-from ccd_train.run import begin
+from ccd_train.tasks.pretrain.run import begin
+from ccd_train.tasks.pretrain.step import train_step
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 ODD = Model(

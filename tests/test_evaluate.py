@@ -13,13 +13,14 @@ import pytest
 import words
 from conftest import Tiny
 
-from ccd_train import benchmarks, evaluate
-from ccd_train.benchmarks import GROUPS, PUBLISHED, Words, find_sets, other_size
+from ccd_train.commands import evaluate
+from ccd_train.commands.evaluate import Result
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
-from ccd_train.evaluate import Result
-from ccd_train.recognizers import FILE, Trained
-from ccd_train.scoring import RULES, same, score, similarity
+from ccd_train.reports import benchmarks
+from ccd_train.reports.benchmarks import GROUPS, PUBLISHED, Words, find_sets, other_size
+from ccd_train.tasks.recognize.scoring import RULES, same, score, similarity
+from ccd_train.weights.recognizer import FILE, Trained
 
 CODE = "<script>alert('é')</script>"
 Evaluate = Callable[..., dict[str, Any]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import words
 
-from ccd_train.data.synthetic import render
+from data_tools.words import render
 
 PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 PACKAGES = {"ccd-train": "ccd_train", "ccd-data": "data_tools"}

@@ -15,9 +15,12 @@ import yaml
 from conftest import Tiny
 from safetensors.torch import load_file
 
-from ccd_train import checkpoint, export, probe, weights
+from ccd_train.commands import export
 from ccd_train.errors import UserError
 from ccd_train.models.ccd import Teacher
+from ccd_train.tasks.pretrain import probe
+from ccd_train.training import checkpoint
+from ccd_train.weights import backbone as weights
 
 SMALL = {
     "model": {

@@ -23,17 +23,22 @@ from test_engine import SMALL, small, stage_file
 from test_resume import live, losses, metrics
 from torch import Tensor
 
-from ccd_train import checkpoint, pretrain, recognizers, run, tuning, weights
-from ccd_train.charset import read_charset
-from ccd_train.config import Config
+from ccd_train.config.options import from_dict, read_recipe, recipes
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
+from ccd_train.data.charset import read_charset
 from ccd_train.data.records import LmdbReader, LmdbWriter
-from ccd_train.data.synthetic import render
 from ccd_train.data.words import open_words
 from ccd_train.errors import UserError
-from ccd_train.finetune import remarks, train, train_step, validate
-from ccd_train.finetuning import FineTuning
-from ccd_train.options import from_dict, read_recipe, recipes
-from ccd_train.reading import Reader
+from ccd_train.tasks.pretrain import run
+from ccd_train.tasks.pretrain import step as pretrain
+from ccd_train.tasks.recognize import run as tuning
+from ccd_train.tasks.recognize.reading import Reader
+from ccd_train.tasks.recognize.step import remarks, train, train_step, validate
+from ccd_train.training import checkpoint
+from ccd_train.weights import backbone as weights
+from ccd_train.weights import recognizer as recognizers
+from data_tools.words import render
 
 GOLDEN = CHECKOUT / "tests" / "golden"
 RECIPE: dict[str, Any] = {

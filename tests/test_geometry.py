@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ccd_train.augment.geometry import Affine, compose, map_points, normalize, sample_theta, warp_images, warp_masks
 from ccd_train.errors import UserError
-from ccd_train.geometry import Affine, compose, map_points, normalize, sample_theta, warp_images, warp_masks
 
 HEIGHT, WIDTH = 32, 128
 SIZES = torch.tensor([[48, 160], [20, 50], [31, 250], [64, 64]])  # native (height, width)

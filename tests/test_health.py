@@ -17,13 +17,13 @@ from test_pretrain import pretrain
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccd_train import health
-from ccd_train.config import Config
+from ccd_train.config.options import from_dict, to_dict
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
-from ccd_train.metrics import Metrics
-from ccd_train.options import from_dict, to_dict
-from ccd_train.pretrain import train
-from ccd_train.run import begin
+from ccd_train.tasks.pretrain import health
+from ccd_train.tasks.pretrain.run import begin
+from ccd_train.tasks.pretrain.step import train
+from ccd_train.training.metrics import Metrics
 from launch.status import describe
 
 PROTOTYPES = 32

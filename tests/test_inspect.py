@@ -15,10 +15,10 @@ import torch
 
 from ccd_train.data.records import LmdbWriter
 from ccd_train.data.shards import Corpus
-from ccd_train.data.synthetic import render
 from ccd_train.errors import UserError
-from ccd_train.regions import label_regions
+from ccd_train.models.regions import label_regions
 from data_tools import convert, inspect
+from data_tools.words import render
 from tests.conftest import Tiny
 
 VOID = {"meta", "img"}

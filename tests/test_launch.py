@@ -16,9 +16,9 @@ from conftest import Tiny
 from torch.distributed import DistNetworkError
 from torch.distributed.run import get_args_parser
 
-from ccd_train.config import Config
+from ccd_train.config.options import option_names
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
-from ccd_train.options import option_names
 from launch.hostfile import main as deepspeed_main
 from launch.outcome import Outcome, read_outcome
 from launch.torchrun import explain

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from ccd_train import distributed
-from ccd_train.augment import normalize
-from ccd_train.config import Config
+from ccd_train.augment.views import normalize
+from ccd_train.config.options import from_dict
+from ccd_train.config.pretraining import Config
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.data.records import LmdbWriter
-from ccd_train.data.synthetic import render
 from ccd_train.models.ccd import Student
-from ccd_train.options import from_dict
-from ccd_train.pretrain import train_step
-from ccd_train.regions import label_regions, pool
-from ccd_train.run import Run, begin
+from ccd_train.models.regions import label_regions, pool
+from ccd_train.tasks.pretrain.run import Run, begin
+from ccd_train.tasks.pretrain.step import train_step
 from data_tools import convert
+from data_tools.words import render
 
 WORDS, STEPS, LAST = 64, 240, 20
 PROTOTYPES = 128

@@ -14,11 +14,11 @@ import pytest
 from conftest import Tiny
 from test_engine import small
 
-from ccd_train.config import identity
+from ccd_train.config.options import to_dict
+from ccd_train.config.run import identity
 from ccd_train.errors import OccupiedError, UserError
-from ccd_train.life import Stop, claim, environment
-from ccd_train.options import to_dict
-from ccd_train.training import conclude
+from ccd_train.training.life import Stop, claim, environment
+from ccd_train.training.run import conclude
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccd_train.config import Data
+from ccd_train.config.pretraining import Data
 from ccd_train.data.batches import Batch, Reader
 from ccd_train.data.loader import Batches, Share, loader, sample_order
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_image, resize_mask

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccd_train.losses import CHUNK, Center, distillation_loss, segmentation_loss, teacher_statistics
+from ccd_train.models.losses import CHUNK, Center, distillation_loss, segmentation_loss, teacher_statistics
 
 MEMORY = Path(__file__).parent / "benchmarks" / "loss_memory.py"
 

@@ -18,12 +18,12 @@ import yaml
 from conftest import Tiny
 from test_engine import SMALL
 
-from ccd_train.config import Config
+from ccd_train.config.options import parse
+from ccd_train.config.pretraining import Config
 from ccd_train.durations import duration
 from ccd_train.errors import UserError
-from ccd_train.health import Alarm
-from ccd_train.metrics import Metrics
-from ccd_train.options import parse
+from ccd_train.tasks.pretrain.health import Alarm
+from ccd_train.training.metrics import Metrics
 
 
 def figures(step: int) -> dict[str, float]:

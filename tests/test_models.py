@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ccd_train import draws
-from ccd_train.config import Config, Model
-from ccd_train.losses import distillation_loss
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config, Model
 from ccd_train.models.ccd import Student, StudentOutput, Teacher
 from ccd_train.models.heads import ProjectionHead, PrototypeLayer
+from ccd_train.models.losses import distillation_loss
 from ccd_train.models.vit import StochasticDepth, VisionTransformer
-from ccd_train.options import read_recipe
 
 NANO = Model(
     width=32, depth=4, heads=2, drop_path=0.0, taps=(1, 2, 3), segmentation_width=16,

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from ccd_train.config import Config, flatten, identity
+from ccd_train.config.options import describe, from_dict, help_texts, option_names, parse, read_recipe, recipes, to_dict
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
+from ccd_train.config.run import flatten, identity
 from ccd_train.errors import UserError
-from ccd_train.finetuning import FineTuning
-from ccd_train.options import describe, from_dict, help_texts, option_names, parse, read_recipe, recipes, to_dict
 
 
 def read(*argv: str) -> Config:

@@ -13,10 +13,10 @@ import pytest
 from ccd_train.data.masks import decode_rgb
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus
-from ccd_train.data.synthetic import find_fonts, render
 from ccd_train.errors import UserError
 from data_tools import convert, overlap
 from data_tools.likeness import BITS, Index, digest, perceptual_hash
+from data_tools.words import find_fonts, render
 from tests.conftest import Tiny
 
 EQUAL, ENCODED, SCALED = range(1, 11), range(11, 21), range(21, 31)  # records of the corpus in the evaluation set

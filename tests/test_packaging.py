@@ -54,7 +54,7 @@ def test_every_module_and_data_file_is_in_the_wheel(wheel: Path) -> None:
 def test_data_files_are_found_where_they_were_installed(wheel: Path) -> None:
     program = "import importlib.resources as r; print(r.files('ds_configs'), r.files('ccd_train') / 'recipes')"
     result = installed(wheel, sys.executable, "-c", program)
-    assert result.stdout.split() == [str(wheel / "ds_configs"), str(wheel / "ccd_train/recipes")], result.stderr
+    assert result.stdout.split() == [str(wheel / "ds_configs"), str(wheel / "ccd_train/config/recipes")], result.stderr
 
 
 @pytest.mark.parametrize("command", ["ccd-train", "ccd-data", "ccd-submit"])

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ccd_train.augment.photometric import blur, noise, reference
+from ccd_train.augment.photometric.chain import OPERATIONS, Stage, Table, parameters
+from ccd_train.augment.photometric.weather import WAVES, smooth
+from ccd_train.augment.severities import CHAINS, RANGES, WHOLE, Chain, Group
 from ccd_train.data.masks import decode_rgb, resize_image
-from ccd_train.data.synthetic import render
 from ccd_train.draws import sample_keys, spread
-from ccd_train.photometric import blur, noise, reference
-from ccd_train.photometric.chain import OPERATIONS, Stage, Table, parameters
-from ccd_train.photometric.weather import WAVES, smooth
-from ccd_train.severities import CHAINS, RANGES, WHOLE, Chain, Group
+from data_tools.words import render
 
 WORDS = 40
 # mean absolute difference from Pillow's, OpenCV's result, in grey levels, where ours is not meant to be the same

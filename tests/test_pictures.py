@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ccd_train import gallery, pictures
 from ccd_train.models.vit import VisionTransformer
+from ccd_train.tasks.pretrain import gallery, pictures
 
 
 def seen(count: int = 3) -> pictures.Seen:

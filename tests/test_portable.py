@@ -18,10 +18,12 @@ import torch
 import words
 from conftest import Tiny
 
-from ccd_train import export, portable, recognizers
+from ccd_train.commands import export
 from ccd_train.data.masks import decode_rgb, resize_image
-from ccd_train.decoding import Words
 from ccd_train.errors import UserError
+from ccd_train.models.decoding import Words
+from ccd_train.weights import portable
+from ccd_train.weights import recognizer as recognizers
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),

@@ -17,9 +17,9 @@ from ranks import run_ranks
 from test_engine import small
 
 from ccd_train import distributed
+from ccd_train.config.options import to_dict
 from ccd_train.errors import UserError
-from ccd_train.options import to_dict
-from ccd_train.presence import fingerprint, introduce
+from ccd_train.training.presence import fingerprint, introduce
 
 
 def said(settings: list[dict[str, Any]]) -> str:
@@ -27,7 +27,7 @@ def said(settings: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ccd_train.presence")
+    logger = logging.getLogger("ccd_train.training.presence")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

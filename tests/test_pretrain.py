@@ -16,7 +16,7 @@ from conftest import Tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import SMALL
 
-from ccd_train import checkpoint
+from ccd_train.training import checkpoint
 
 
 def pretrain(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

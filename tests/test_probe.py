@@ -12,11 +12,13 @@ import torch
 from conftest import Tiny
 from torch import Tensor
 
-from ccd_train import checkpoint, export, probe
+from ccd_train.commands import export
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
+from ccd_train.models.regions import label_regions
 from ccd_train.models.vit import VisionTransformer
-from ccd_train.regions import label_regions
+from ccd_train.tasks.pretrain import probe
+from ccd_train.training import checkpoint
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
 COLORS = 8

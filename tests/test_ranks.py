@@ -14,10 +14,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from ccd_train import distributed
-from ccd_train.config import Model
-from ccd_train.geometry import Affine, sample_theta, warp_masks
-from ccd_train.losses import Center, distillation_loss, segmentation_loss, teacher_statistics
+from ccd_train.augment.geometry import Affine, sample_theta, warp_masks
+from ccd_train.config.pretraining import Model
 from ccd_train.models.ccd import Student, Teacher
+from ccd_train.models.losses import Center, distillation_loss, segmentation_loss, teacher_statistics
 
 MODEL = Model(
     width=16, depth=3, heads=2, drop_path=0.3, taps=(1, 2, 3), segmentation_width=8,

@@ -16,9 +16,9 @@ import words
 from conftest import Tiny
 from PIL import Image
 
-from ccd_train import read
+from ccd_train.commands import read
 from ccd_train.errors import FINISHED, REFUSED, UserError
-from ccd_train.reading import Reader, Reading
+from ccd_train.tasks.recognize.reading import Reader, Reading
 
 Output = pytest.CaptureFixture[str]
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ccd_train import config, draws, finetuning
-from ccd_train.charset import read_charset
+from ccd_train import draws
+from ccd_train.config import pretraining as config
+from ccd_train.config import recognition as finetuning
+from ccd_train.data.charset import read_charset
 from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer, grid_sinusoids, recognition_loss, sinusoids, waves
 

@@ -11,13 +11,17 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from ccd_train import config, export, finetuning, recognizers, weights
-from ccd_train.charset import Charset, read_charset
+from ccd_train.commands import export
+from ccd_train.config import pretraining as config
+from ccd_train.config import recognition as finetuning
+from ccd_train.config.recognition import FineTuning
+from ccd_train.data.charset import Charset, read_charset
 from ccd_train.errors import UserError
-from ccd_train.finetuning import FineTuning
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.recognizers import Trained
-from ccd_train.tuning import start_from
+from ccd_train.tasks.recognize.run import start_from
+from ccd_train.weights import backbone as weights
+from ccd_train.weights import recognizer as recognizers
+from ccd_train.weights.recognizer import Trained
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = GOLDEN / "recognizer_official_layout.pth"

@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ccd_train import schedules
-from ccd_train.charset import UNKNOWN, Charset
-from ccd_train.decoding import read
-from ccd_train.geometry import WARPED, warp_masks
-from ccd_train.losses import Center, distillation_loss, segmentation_loss
+from ccd_train.augment.geometry import WARPED, warp_masks
+from ccd_train.data.charset import UNKNOWN, Charset
 from ccd_train.models.ccd import Student, StudentOutput, Teacher
+from ccd_train.models.decoding import read
+from ccd_train.models.losses import Center, distillation_loss, segmentation_loss
 from ccd_train.models.recognizer import Recognizer, recognition_loss
-from ccd_train.recognizers import read_official as read_recognizer
-from ccd_train.regions import MIN_PIXELS, SLOTS, label_regions, pool
-from ccd_train.weights import load, read_official
+from ccd_train.models.regions import MIN_PIXELS, SLOTS, label_regions, pool
+from ccd_train.training import schedules
+from ccd_train.weights.backbone import load, read_official
+from ccd_train.weights.recognizer import read_official as read_recognizer
 
 FOLDER = Path(os.environ.get("CCD_GOLDEN_DIR", Path(__file__).parent / "golden"))
 DEVICE = torch.device(os.environ.get("CCD_TEST_DEVICE", "cpu"))

@@ -16,10 +16,10 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.nn import functional as F
 
+from ccd_train.augment.geometry import Affine, sample_theta
 from ccd_train.data.masks import decode_rgb, pseudo_mask, resize_mask
 from ccd_train.data.records import LmdbReader
-from ccd_train.geometry import Affine, sample_theta
-from ccd_train.regions import MIN_PIXELS, ROUNDS, SLOTS, components, label_regions, pool, warp_regions
+from ccd_train.models.regions import MIN_PIXELS, ROUNDS, SLOTS, components, label_regions, pool, warp_regions
 
 HEIGHT, WIDTH = 32, 128
 PHOTOGRAPHED = Path(__file__).parents[2] / "shared" / "real" / "iiit5k_train"

@@ -18,14 +18,15 @@ from conftest import Tiny
 from ranks import run_ranks
 from test_engine import small
 
-from ccd_train import charts, report
-from ccd_train.config import Config
+from ccd_train.config.pretraining import Config
+from ccd_train.drawing import charts
 from ccd_train.errors import UserError
-from ccd_train.history import read_history, read_lives
-from ccd_train.life import write_outcome
-from ccd_train.metrics import Metrics
-from ccd_train.pretrain import train
-from ccd_train.run import begin
+from ccd_train.reports import page as report
+from ccd_train.reports.history import read_history, read_lives
+from ccd_train.tasks.pretrain.run import begin
+from ccd_train.tasks.pretrain.step import train
+from ccd_train.training.life import write_outcome
+from ccd_train.training.metrics import Metrics
 
 SHARP = {"distillation": {"teacher_momentum": 0.8}}
 

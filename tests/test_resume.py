@@ -23,13 +23,13 @@ from ranks import run_ranks
 from test_engine import SMALL, equal, small, stage_file, steps
 from torch import Tensor
 
-from ccd_train import checkpoint
-from ccd_train.config import Config
-from ccd_train.engine import read_file
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
 from ccd_train.files import write_file
-from ccd_train.life import Stop, lock
-from ccd_train.run import Run, begin
+from ccd_train.tasks.pretrain.run import Run, begin
+from ccd_train.training import checkpoint
+from ccd_train.training.engine import read_file
+from ccd_train.training.life import Stop, lock
 
 TIMES = {"samples_per_second", "data_wait", "time"}
 

@@ -18,13 +18,14 @@ from conftest import Tiny
 from ranks import run_ranks
 from test_engine import small, stage_file, steps
 
-from ccd_train import checkpoint, distributed
-from ccd_train.config import Config
+from ccd_train import distributed
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import FAILED, TrainingError
-from ccd_train.life import write_outcome
-from ccd_train.metrics import Metrics
-from ccd_train.pretrain import train
-from ccd_train.run import begin
+from ccd_train.tasks.pretrain.run import begin
+from ccd_train.tasks.pretrain.step import train
+from ccd_train.training import checkpoint
+from ccd_train.training.life import write_outcome
+from ccd_train.training.metrics import Metrics
 
 MEGABYTE = 1 << 20
 

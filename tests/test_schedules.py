@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccd_train.schedules import cosine, scaled_learning_rate, scaled_momentum, warmup_cosine
+from ccd_train.training.schedules import cosine, scaled_learning_rate, scaled_momentum, warmup_cosine
 
 
 def test_a_cosine_ends_where_it_should_and_stays_there() -> None:

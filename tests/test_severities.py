@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ccd_train.config import Config
+from ccd_train.augment.severities import CHAINS, RANGES, RESIZED, Augment
+from ccd_train.config.options import from_dict, parse, to_dict
+from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
-from ccd_train.options import from_dict, parse, to_dict
-from ccd_train.severities import CHAINS, RANGES, RESIZED, Augment
 
 
 def test_severity_5_is_the_default_and_has_the_official_constants() -> None:

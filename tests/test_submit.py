@@ -14,12 +14,13 @@ from conftest import CHECKOUT, Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccd_train.config import Checkpoint, Config, identity
+from ccd_train.config.options import describe as describe_settings
+from ccd_train.config.options import parse, read_recipe, to_dict
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
+from ccd_train.config.run import Checkpoint, identity
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
-from ccd_train.finetuning import FineTuning
-from ccd_train.options import describe as describe_settings
-from ccd_train.options import parse, read_recipe, to_dict
 from launch.jobs import extra_options, seconds
 from launch.lives import note
 from launch.preflight import check_space, parameters_of

@@ -15,9 +15,9 @@ import pytest
 
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask
 from ccd_train.data.records import LmdbReader
-from ccd_train.data.synthetic import Word, find_fonts, render
 from ccd_train.errors import UserError
 from data_tools import synth
+from data_tools.words import Word, find_fonts, render
 
 FONTS = find_fonts()
 

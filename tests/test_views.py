@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import Tiny
 
-from ccd_train import views
-from ccd_train.augment import Augmentation
+from ccd_train.augment.geometry import Affine
+from ccd_train.augment.photometric.chain import OPERATIONS
+from ccd_train.augment.severities import Augment
+from ccd_train.augment.views import Augmentation
+from ccd_train.commands import views
 from ccd_train.draws import sample_keys
 from ccd_train.errors import UserError
-from ccd_train.geometry import Affine
-from ccd_train.photometric.chain import OPERATIONS
-from ccd_train.severities import Augment
 
 
 def cell(sheet: np.ndarray, row: int, column: int, titled: bool = False) -> np.ndarray:

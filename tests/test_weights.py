@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ccd_train import export, weights
-from ccd_train.config import Model
+from ccd_train.commands import export
+from ccd_train.config.pretraining import Model
 from ccd_train.errors import UserError
 from ccd_train.models.ccd import Student, Teacher
+from ccd_train.weights import backbone as weights
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
 HEADS = json.loads((OFFICIAL.parent / "meta.json").read_text())["num_heads"]

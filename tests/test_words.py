@@ -10,13 +10,13 @@ from conftest import Tiny
 from crops import REAL, change, crop, write_words
 from ranks import run_ranks
 
-from ccd_train.benchmarks import PUBLISHED
-from ccd_train.charset import LENGTH, Tally, read_charset
+from ccd_train.data.charset import LENGTH, Tally, read_charset
 from ccd_train.data.loader import loader
 from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbWriter
 from ccd_train.data.words import BENCHMARK_SETS, Words, open_words
 from ccd_train.errors import UserError
+from ccd_train.reports.benchmarks import PUBLISHED
 from data_tools import convert
 
 DICT90 = read_charset("DICT90")

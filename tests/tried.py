@@ -27,14 +27,17 @@ import yaml
 from pages import CHECKOUT, OPTION, Command, called, commands
 from words import write as write_recognizer
 
-from ccd_train import distributed, finetune, pretrain
-from ccd_train.config import Config, RunConfig
+from ccd_train import distributed
+from ccd_train.config.options import parse, to_dict
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
+from ccd_train.config.run import RunConfig
 from ccd_train.data.records import LmdbReader, LmdbWriter
-from ccd_train.data.synthetic import Word, find_fonts, render
 from ccd_train.errors import FINISHED
-from ccd_train.finetuning import FineTuning
-from ccd_train.life import write_outcome
-from ccd_train.options import parse, to_dict
+from ccd_train.tasks.pretrain import step as pretrain
+from ccd_train.tasks.recognize import step as finetune
+from ccd_train.training.life import write_outcome
+from data_tools.words import Word, find_fonts, render
 from launch import submit
 
 LEAVES = [
@@ -176,7 +179,7 @@ def verb(words: list[str]) -> int:
     """Any verb of ccd-train."""
     if "onnx" in words:
         return FINISHED  # an extra, and slow: tests/test_evaluation_page.py has it
-    return int(importlib.import_module(f"ccd_train.{words[1]}").main(words[2:]))
+    return int(importlib.import_module(f"ccd_train.commands.{words[1]}").main(words[2:]))
 
 
 def doctor(words: list[str]) -> int:

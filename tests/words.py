@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ccd_train import config, finetuning, recognizers
-from ccd_train.charset import read_charset
+from ccd_train.config import pretraining as config
+from ccd_train.config import recognition as finetuning
+from ccd_train.data.charset import read_charset
 from ccd_train.data.records import LmdbReader
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.reading import Reader, Reading
-from ccd_train.recognizers import Trained
+from ccd_train.tasks.recognize.reading import Reader, Reading
+from ccd_train.weights import recognizer as recognizers
+from ccd_train.weights.recognizer import Trained
 
 MODEL = config.Model(width=16, depth=1, heads=2)
 SIZES = finetuning.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=4, place_codes=True)

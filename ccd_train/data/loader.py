@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ccd_train import distributed
-from ccd_train.config import Data
+from ccd_train.config.pretraining import Data
 from ccd_train.data.batches import Batch, Reader
 from ccd_train.data.masks import MaskMode
 from ccd_train.data.order import Mixture, Order

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ccd_train import distributed, draws
-from ccd_train.charset import Charset, Tally
+from ccd_train.data.charset import Charset, Tally
 from ccd_train.data.records import LmdbReader, find_lmdbs
 from ccd_train.data.shards import MANIFEST, Corpus, DamagedSampleError
 from ccd_train.errors import UserError

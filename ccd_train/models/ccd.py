@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ccd_train import draws
-from ccd_train.config import Model
+from ccd_train.config.pretraining import Model
 from ccd_train.models.heads import ProjectionHead, SegmentationHead
+from ccd_train.models.regions import MIN_PIXELS, label_regions, pool, warp_regions
 from ccd_train.models.vit import VisionTransformer
-from ccd_train.regions import MIN_PIXELS, label_regions, pool, warp_regions
 
 REGULAR, IRREGULAR = 1, 2  # words that tell the two views' draws apart
 

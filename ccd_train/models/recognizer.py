@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccd_train import config, distributed, draws, finetuning
+from ccd_train import distributed, draws
+from ccd_train.config import pretraining, recognition
 from ccd_train.models.vit import GRID, VisionTransformer
 
 EPS = 1e-6  # of the decoder's last LayerNorm; those of its layers have torch's own
@@ -112,7 +113,7 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """Attention to the tokens before, attention to the image, an MLP; each normed before and added to its input."""
 
-    def __init__(self, sizes: finetuning.Recognizer, name: str) -> None:
+    def __init__(self, sizes: recognition.Recognizer, name: str) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(sizes.width)
         self.text = Attention(sizes.width, sizes.heads, sizes.dropout, f"{name}.text")
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
     positions: Tensor
     """float32 whatever the weights are: DeepSpeed turns parameters into bf16 or fp16, but not buffers."""
 
-    def __init__(self, sizes: finetuning.Recognizer, classes: int) -> None:
+    def __init__(self, sizes: recognition.Recognizer, classes: int) -> None:
         super().__init__()
         self.classes = classes
         self.embedding = nn.Embedding(classes + 1, sizes.width, padding_idx=classes)
@@ -204,7 +205,11 @@ class Recognizer(nn.Module):
     places: Tensor | None
 
     def __init__(
-        self, model: config.Model, sizes: finetuning.Recognizer, classes: int, activation_checkpointing: bool = False
+        self,
+        model: pretraining.Model,
+        sizes: recognition.Recognizer,
+        classes: int,
+        activation_checkpointing: bool = False,
     ) -> None:
         """classes: of the charset, padding not among them. Initial weights come from torch's global generator."""
         super().__init__()

@@ -27,8 +27,8 @@ import webdataset
 from tqdm import tqdm
 
 from ccd_train.data.records import LmdbReader, LmdbWriter
-from ccd_train.data.synthetic import find_fonts, render
 from data_tools import verify
+from data_tools.words import find_fonts, render
 
 DISTINCT = 1000
 MEAN_BYTES = 5500

@@ -12,8 +12,8 @@ import numpy as np
 from ccd_train.data.masks import decode_rgb, pseudo_mask
 from ccd_train.data.records import LmdbWriter
 from ccd_train.data.shards import MANIFEST
-from ccd_train.data.synthetic import find_fonts, render
 from data_tools import convert
+from data_tools.words import find_fonts, render
 
 INK, PAPER = 40, 220  # grey levels of text and background, where words are levelled
 

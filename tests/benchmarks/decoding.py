@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ccd_train import finetuning
-from ccd_train.charset import read_charset
-from ccd_train.decoding import decode
+from ccd_train.config import recognition as finetuning
+from ccd_train.data.charset import read_charset
+from ccd_train.models.decoding import decode
 from ccd_train.models.recognizer import Decoder
 
 

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from ccd_train import distributed
-from ccd_train.augment import normalize
-from ccd_train.config import Config
+from ccd_train.augment.views import normalize
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.data.records import LmdbReader
-from ccd_train.options import read_recipe
-from ccd_train.pretrain import train_step
-from ccd_train.probe import Words, probe, read_words
-from ccd_train.run import Run, begin
+from ccd_train.tasks.pretrain.probe import Words, probe, read_words
+from ccd_train.tasks.pretrain.run import Run, begin
+from ccd_train.tasks.pretrain.step import train_step
 
 PROBE_SEED = 1_000_003  # of words that are not trained on
 UNEVEN = 12.0  # grey levels by which a background deviates from its mean before it counts as textured

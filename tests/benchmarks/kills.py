@@ -24,7 +24,7 @@ import yaml
 from test_engine import SMALL
 from test_resume import command, live, losses, metrics
 
-from ccd_train import checkpoint
+from ccd_train.training import checkpoint
 from data_tools import convert, synth
 
 MOMENTS = ("step", "writing_*", "removing_*")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccd_train.losses import distillation_loss
+from ccd_train.models.losses import distillation_loss
 
 
 def resident(field: str, device: torch.device) -> int:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from ccd_train import gallery, pictures
-from ccd_train.config import Config, Log
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
+from ccd_train.config.run import Log
 from ccd_train.draws import sample_keys
-from ccd_train.metrics import Metrics
 from ccd_train.models.ccd import Student, Teacher
-from ccd_train.options import read_recipe
+from ccd_train.tasks.pretrain import gallery, pictures
+from ccd_train.training.metrics import Metrics
 
 REPEATS = 3
 

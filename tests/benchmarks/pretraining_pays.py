@@ -28,16 +28,20 @@ import corpus
 import cv2
 import numpy as np
 
-from ccd_train import distributed, finetune, pretrain, recognizers
-from ccd_train.benchmarks import find_sets
-from ccd_train.config import Config, RunConfig
+from ccd_train import distributed
+from ccd_train.commands.evaluate import evaluate
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import SCRATCH, FineTuning
+from ccd_train.config.run import RunConfig
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.errors import FINISHED
-from ccd_train.evaluate import evaluate
-from ccd_train.finetuning import SCRATCH, FineTuning
-from ccd_train.history import read_history
-from ccd_train.options import read_recipe
-from ccd_train.reading import Reader
+from ccd_train.reports.benchmarks import find_sets
+from ccd_train.reports.history import read_history
+from ccd_train.tasks.pretrain import step as pretrain
+from ccd_train.tasks.recognize import step as finetune
+from ccd_train.tasks.recognize.reading import Reader
+from ccd_train.weights import recognizer as recognizers
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real" / "iiit5k_train"
 FRACTIONS = (0.01, 0.1, 1.0)

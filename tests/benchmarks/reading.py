@@ -34,8 +34,8 @@ from ccd_train.data.loader import loader
 from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus, Manifest, read_manifest, write_manifest
-from ccd_train.data.synthetic import find_fonts, render
 from data_tools import convert
+from data_tools.words import find_fonts, render
 
 BATCH = 64
 WINDOW = 16

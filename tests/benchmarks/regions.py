@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccd_train.geometry import Affine, sample_theta
-from ccd_train.regions import label_regions, pool, warp_regions
+from ccd_train.augment.geometry import Affine, sample_theta
+from ccd_train.models.regions import label_regions, pool, warp_regions
 
 
 def words(count: int) -> np.ndarray:

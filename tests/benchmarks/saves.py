@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ccd_train import checkpoint, distributed
-from ccd_train.config import Config
-from ccd_train.ema import Teacher
-from ccd_train.engine import Engine
-from ccd_train.losses import Center
+from ccd_train import distributed
+from ccd_train.config.options import read_recipe, to_dict
+from ccd_train.config.pretraining import Config
 from ccd_train.models import ccd
-from ccd_train.options import read_recipe, to_dict
+from ccd_train.models.losses import Center
+from ccd_train.training import checkpoint
+from ccd_train.training.average import Teacher
+from ccd_train.training.engine import Engine
 
 ROUNDS = 3
 

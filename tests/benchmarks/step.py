@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ccd_train.config import Config
-from ccd_train.geometry import Affine, sample_theta, warp_masks
-from ccd_train.losses import Center, distillation_loss, segmentation_loss
+from ccd_train.augment.geometry import Affine, sample_theta, warp_masks
+from ccd_train.config.options import read_recipe, recipes
+from ccd_train.config.pretraining import Config
 from ccd_train.models.ccd import Student, StudentOutput, Teacher
-from ccd_train.options import read_recipe, recipes
+from ccd_train.models.losses import Center, distillation_loss, segmentation_loss
 
 REPEAT = 5
 

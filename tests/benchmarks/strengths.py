@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 import torch
 
+from ccd_train.augment.photometric import reference
+from ccd_train.augment.photometric.chain import OPERATIONS, Table
+from ccd_train.augment.severities import RANGES, RESIZED, Chain, Group
 from ccd_train.data.masks import UndecodableImage, decode_rgb, resize_image
 from ccd_train.data.records import LmdbReader
 from ccd_train.draws import sample_keys
-from ccd_train.photometric import reference
-from ccd_train.photometric.chain import OPERATIONS, Table
-from ccd_train.severities import RANGES, RESIZED, Chain, Group
 
 PER_PIXEL = ("add_elementwise", "gaussian_noise", "laplace_noise", "poisson_noise", "multiply_elementwise")
 

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run_ranks
 
 from ccd_train import distributed
-from ccd_train.config import Config
-from ccd_train.options import read_recipe
-from ccd_train.pretrain import train_step
-from ccd_train.run import begin
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
+from ccd_train.tasks.pretrain.run import begin
+from ccd_train.tasks.pretrain.step import train_step
 from data_tools import convert, synth
 
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/views.py [--batch 64] [--each]
 
 On a CPU, in processor time of one thread. The comparison draws the same operations with the same probabilities and
-ranges from a numpy generator, runs them with numpy, OpenCV and Pillow (ccd_train/photometric/reference), warps with
+ranges from a numpy generator, runs them with numpy, OpenCV and Pillow (augment/photometric/reference), warps with
 cv2.warpAffine and finds regions with cv2.connectedComponentsWithStats.
 On a CUDA device: milliseconds and kernels of a batch, to be held against a training step.
 """
@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccd_train.augment import MEAN, STD, Augmentation
+from ccd_train.augment.geometry import Affine, sample_theta
+from ccd_train.augment.photometric import reference
+from ccd_train.augment.photometric.chain import OPERATIONS, Operation, Table
+from ccd_train.augment.severities import Augment, Chain, Group
+from ccd_train.augment.views import MEAN, STD, Augmentation
 from ccd_train.data.masks import decode_rgb, pseudo_mask, resize_image, resize_mask
-from ccd_train.data.synthetic import find_fonts, render
 from ccd_train.draws import sample_keys
-from ccd_train.geometry import Affine, sample_theta
-from ccd_train.photometric import reference
-from ccd_train.photometric.chain import OPERATIONS, Operation, Table
-from ccd_train.regions import label_regions, warp_regions
-from ccd_train.severities import Augment, Chain, Group
+from ccd_train.models.regions import label_regions, warp_regions
+from data_tools.words import find_fonts, render
 
 OFFICIAL = 3.7  # ms a view of the official chain on one core
 FLOOR_OFFICIAL, FLOOR_CV2 = 5.0, 0.5

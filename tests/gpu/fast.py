@@ -24,13 +24,13 @@ import torch
 from rows import Part, arguments, shards
 from torch import Tensor
 
-from ccd_train import budget, distributed, regions
-from ccd_train.config import Config
+from ccd_train import distributed
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch
-from ccd_train.models import ccd
-from ccd_train.options import read_recipe
-from ccd_train.pretrain import train_step
-from ccd_train.run import Run, begin
+from ccd_train.models import budget, ccd, regions
+from ccd_train.tasks.pretrain.run import Run, begin
+from ccd_train.tasks.pretrain.step import train_step
 
 WARM, TIMED, FED = 4, 12, 30
 COMPILE_SECONDS = 75  # that must be left for a compiled row

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rows import Part, arguments, metrics, shards, start, train
 
-from ccd_train.augment import Augmentation
-from ccd_train.config import Config
+from ccd_train.augment.views import Augmentation
+from ccd_train.config.options import read_recipe
+from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch
 from ccd_train.data.loader import loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.draws import sample_keys
-from ccd_train.options import read_recipe
-from ccd_train.regions import label_regions
+from ccd_train.models.regions import label_regions
 
 TESTS = Path(__file__).parents[1]
 STAGES = {  # DeepSpeed files and the share by which their losses may leave those of fp32 in the first steps

@@ -1,0 +1,1 @@
+"""Views of a crop: geometry, severities, photometric operations."""

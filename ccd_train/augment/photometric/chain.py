@@ -1,0 +1,186 @@
+"""Runs a chain of operations over a batch: what each image draws, and in which order that is done.
+
+What an image draws is a pure function of its key, so the host works it out while the device is still busy, and neither
+waits for the other: the device gets one table of indices and seeds, and one of parameters. For each group the images
+are brought into the order of the operations they drew, so that each operation works on one slice of the batch in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ccd_train import distributed
+from ccd_train.augment.photometric import blur, clahe, color, contrast, filters, jpeg, noise, weather
+from ccd_train.augment.severities import RANGES, WHOLE, Chain, Group
+from ccd_train.draws import field, mix, operation_word, uniform
+
+Operation = Callable[..., Tensor]
+OPERATIONS: dict[str, Operation] = {
+    operation.__name__: operation
+    for operation in (
+        noise.add_elementwise,
+        noise.gaussian_noise,
+        noise.laplace_noise,
+        noise.poisson_noise,
+        noise.multiply,
+        noise.multiply_elementwise,
+        noise.dropout,
+        noise.coarse_dropout,
+        noise.drop_channels,
+        noise.impulse_noise,
+        noise.salt_and_pepper,
+        noise.salt,
+        noise.pepper,
+        noise.invert,
+        noise.solarize,
+        jpeg.jpeg,
+        filters.emboss,
+        filters.edge_detect,
+        filters.directed_edge_detect,
+        filters.edge_enhance_more,
+        filters.contour,
+        color.hue,
+        color.hue_far,
+        color.brightness,
+        color.multiply_brightness,
+        color.multiply_hue_saturation,
+        color.add_hue_saturation,
+        color.grey_blend,
+        color.kmeans_colors,
+        color.uniform_colors,
+        color.temperature,
+        color.channel_shuffle,
+        filters.sharpen,
+        blur.gaussian_blur,
+        blur.average_blur,
+        blur.median_blur_3,
+        blur.median_blur_5,
+        blur.median_blur_7,
+        blur.motion_blur,
+        blur.bilateral_blur,
+        contrast.gamma,
+        contrast.linear_contrast,
+        contrast.sigmoid_contrast,
+        contrast.log_contrast,
+        contrast.equalize,
+        contrast.equalize_channels,
+        clahe.clahe,
+        clahe.clahe_channels,
+        weather.fog,
+        weather.clouds,
+        weather.snow,
+        weather.rain,
+    )
+}
+
+
+def parameters(operation: str) -> list[str]:
+    """The names of what an operation draws per image."""
+    return list(inspect.signature(OPERATIONS[operation]).parameters)[2:]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [start, stop) of a group's order drew `operation`, which takes the first `parameters` columns."""
+
+    operation: str
+    start: int
+    stop: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One group of a chain for one batch of N images, on the host."""
+
+    order: Tensor  # int64 [N]: which image stands where; those that draw nothing stand last
+    seeds: Tensor  # int64 [N], in that order: what draws per pixel are made from
+    parameters: Tensor  # float32 [N, columns], in that order
+    slices: list[Slice]
+
+    def apply(self, images: Tensor, seeds: Tensor, columns: Tensor) -> None:
+        """Changes images [N, 3, H, W] in place; they, seeds [N] and parameters [N, columns] stand in the order."""
+        for part in self.slices:
+            rows = slice(part.start, part.stop)
+            values = columns[rows, : part.parameters, None, None, None].unbind(1)
+            result = OPERATIONS[part.operation](images[rows], seeds[rows], *values)
+            if result.data_ptr() != images[rows].data_ptr():
+                images[rows] = result
+        if self.slices:
+            images[: self.slices[-1].stop].clamp_(0, 255).round_()
+
+
+class Table:
+    """A group of a chain as tensors: what turns uniform draws into operations and their parameters."""
+
+    def __init__(self, chain: Chain, group: Group) -> None:
+        self.name, self.probability, self.operations = group.name, group.probability, list(group.operations)
+        weights = torch.tensor(list(group.operations.values()), dtype=torch.float64)
+        self.bounds = weights.cumsum(0) / weights.sum()
+        self.counts = [len(parameters(operation)) for operation in self.operations]
+        self.words = torch.tensor([operation_word(operation) for operation in [*self.operations, "none"]])
+        # one row more for "none"; a parameter without a range is a draw from [0, 1) as it is
+        self.low = torch.zeros(len(self.operations) + 1, max(self.counts))
+        self.span = torch.ones_like(self.low)
+        self.whole = torch.zeros_like(self.low, dtype=torch.bool)
+        for row, operation in enumerate(self.operations):
+            for column, parameter in enumerate(parameters(operation)):
+                name, place = f"{operation}.{parameter}", (row, column)
+                if name in RANGES:
+                    low, high = chain.range(name)
+                    self.low[place], self.span[place], self.whole[place] = low, high - low, name in WHOLE
+        self.span += self.whole  # both ends are possible: the floor of a draw from [low, high + 1)
+
+    def stage(self, keys: Tensor, skip: Tensor) -> Stage:
+        """What images with these keys [N] draw; none where skip [N]."""
+        draws = field(keys, self.name, 2 + self.low.shape[1])
+        chosen = torch.bucketize(draws[:, 1].double(), self.bounds[:-1], right=True)
+        none = skip | (draws[:, 0] >= self.probability)
+        chosen = chosen.masked_fill(none, len(self.operations))
+        order = chosen.argsort(stable=True)
+        drawn = torch.addcmul(self.low[chosen], self.span[chosen], draws[:, 2:])
+        drawn = torch.where(self.whole[chosen], drawn.floor(), drawn)
+        stops = chosen.bincount(minlength=len(self.operations)).cumsum(0).tolist()
+        starts = [0, *stops]
+        slices = [
+            Slice(operation, start, stop, count)
+            for operation, start, stop, count in zip(self.operations, starts, stops, self.counts, strict=False)
+            if stop > start
+        ]
+        seeds = mix(keys, self.words[chosen])
+        return Stage(order, seeds[order], drawn[order], slices)
+
+
+class Runner:
+    """A chain, ready to run on batches. Has no state, and consumes no generator."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.identity = chain.identity
+        self.tables = [Table(chain, group) for group in chain.groups]
+
+    def __call__(self, images_u8: Tensor, keys: Tensor, skip: Tensor) -> Tensor:
+        """uint8 images [N, 3, H, W] through the chain, with keys [N] on the host; float32, whole levels 0–255.
+
+        Images with skip [N] (on the host) keep out of it, besides those that draw the identity.
+        """
+        skip = skip | (uniform(keys, "identity") < self.identity)
+        stages = [table.stage(keys, skip) for table in self.tables]
+        moves, places = [], torch.arange(len(keys))  # places[i]: where image i stands
+        for stage in stages:
+            moves.append(places[stage.order])
+            places = stage.order.argsort()
+        indices = distributed.upload(
+            torch.stack([*moves, *(stage.seeds for stage in stages), places]), images_u8.device
+        )
+        columns = distributed.upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
+        images = images_u8.float()
+        for number, stage in enumerate(stages):
+            images = images.index_select(0, indices[number])
+            stage.apply(images, indices[len(stages) + number], columns[:, : stage.parameters.shape[1]])
+            columns = columns[:, stage.parameters.shape[1] :]
+        return images.index_select(0, indices[-1])

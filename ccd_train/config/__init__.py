@@ -1,0 +1,1 @@
+"""Settings: frozen dataclasses, recipes, and how they are read."""

@@ -1,0 +1,135 @@
+"""Every setting of a fine-tuning run: frozen dataclasses, beside those of config.py that it shares.
+
+The defaults are the official constants for the backbone of 384 channels on ARD (TongkunGuan/CCD,
+Dino/configs/CCD_vision_model_ARD.yaml): 35 epochs of 2.78 M words, the first of them for the warm-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ccd_train.augment.severities import Augment
+from ccd_train.config.pretraining import Model
+from ccd_train.config.run import RunConfig, Train, require
+
+SCRATCH = Path("scratch")
+
+
+@dataclass(frozen=True)
+class Words:
+    train: tuple[Path, ...] = ()
+    """Labelled words: LMDBs, folders with LMDBs anywhere below, or shard folders; several are read as one."""
+    valid: tuple[Path, ...] = ()
+    """Labelled words that choose the best weights, likewise; a benchmark is refused."""
+    charset: str = "DICT90"
+    """36, 62, DICT90, or a text file with one character a line."""
+    fraction: float = 1.0
+    """Share of the training words in use; the same words on every machine for a seed, and less are a part of more."""
+    workers: int = 4
+    """Processes per rank that read and decode; 0 does it in the training process."""
+    window_shards: int = 16
+    """Shards, or ranges of 10,000 records, that are shuffled together."""
+    max_damaged: float = 0.001
+    """Share of unreadable samples (each is replaced by the next of its shard) above which a run ends as failed."""
+
+    def check(self) -> None:
+        require(len(self.train) > 0, "data.train", "()", "name LMDBs or shards of labelled words: --data.train DIR")
+        require(len(self.valid) > 0, "data.valid", "()", "name labelled words for validation: --data.valid DIR")
+        require(0 < self.fraction <= 1, "data.fraction", self.fraction, "must lie in (0, 1]")
+        require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+        require(self.window_shards >= 1, "data.window_shards", self.window_shards, "must be 1 or more")
+        require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """What fine-tuning puts behind the backbone: an MLP and an autoregressive transformer decoder."""
+
+    layers: int = 6
+    """Layers of the decoder."""
+    width: int = 512
+    """Channels of every token in the decoder."""
+    heads: int = 8
+    """Attention heads of the decoder; must divide its width."""
+    hidden: int = 256
+    """Width of the hidden layer in the decoder's MLPs."""
+    encoder_hidden: int = 512
+    """Width of the hidden layer in the MLP between backbone and decoder."""
+    dropout: float = 0.1
+    """In the MLP and the decoder, while training."""
+    length: int = 25
+    """Tokens of a word, its beginning and end among them: longer labels are cut."""
+    place_codes: bool = False
+    """Add fixed sines of row and column to the image's tokens: the decoder finds its way sooner (official: no)."""
+
+    def check(self) -> None:
+        for name in ("layers", "heads", "hidden", "encoder_hidden"):
+            require(getattr(self, name) >= 1, f"recognizer.{name}", getattr(self, name), "must be 1 or more")
+        fits = self.width >= 2 and self.width % self.heads == 0
+        require(fits, "recognizer.width", self.width, f"must be a multiple of recognizer.heads = {self.heads}")
+        fits = self.width % 4 == 0 or not self.place_codes
+        require(fits, "recognizer.width", self.width, "must be a multiple of 4 for recognizer.place_codes")
+        require(0 <= self.dropout < 1, "recognizer.dropout", self.dropout, "must lie in [0, 1)")
+        require(self.length >= 3, "recognizer.length", self.length, "must be 3 or more")
+
+
+@dataclass(frozen=True)
+class AdamW:
+    lr: float = 5e-4
+    """Peak learning rate, whatever the batch (official: at 288)."""
+    final_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_samples: int = 2_780_000
+    """Samples over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.05
+    """None on biases and one-dimensional parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    clip_gradient: float = 0.0
+    """Largest L2 norm of each single parameter tensor's gradient; 0: no clipping (official)."""
+
+    def check(self) -> None:
+        for name in ("lr", "final_lr", "warmup_samples", "weight_decay", "clip_gradient"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        require(self.final_lr <= self.lr, "optimizer.final_lr", self.final_lr, f"must not exceed lr = {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Valid:
+    every_steps: int = 1000
+    """Steps between two validations; one more is made at the end."""
+    patience: int = 0
+    """End the run after so many validations in a row without a better accuracy; 0: never."""
+    rule: Literal["lower_alnum", "case", "all"] = "lower_alnum"
+    """What of a word must be right: the official rule, letters and digits with their case, or every character."""
+
+    def check(self) -> None:
+        require(self.every_steps >= 1, "valid.every_steps", self.every_steps, "must be 1 or more")
+        require(self.patience >= 0, "valid.patience", self.patience, "must be 0 or more")
+
+
+@dataclass(frozen=True)
+class FineTuning(RunConfig):
+    """A fine-tuning run."""
+
+    init: Path | None = None
+    """Where the backbone comes from: a pretraining's run folder, its export or an official .pth (the teacher's), a
+    recogniser of the same charset (all of it), or the word scratch; a run that goes on ignores it."""
+    data: Words = field(default_factory=Words)
+    augment: Augment = field(default_factory=lambda: Augment(chain="finetune_small"))
+    model: Model = field(default_factory=Model)
+    recognizer: Recognizer = field(default_factory=Recognizer)
+    optimizer: AdamW = field(default_factory=AdamW)
+    train: Train = field(
+        default_factory=lambda: Train(total_samples=97_300_000, micro_batch_size=36, global_batch_size=288)
+    )
+    valid: Valid = field(default_factory=Valid)
+
+    def check(self) -> None:
+        """Raises UserError for the first value that is impossible, before any other work."""
+        remedy = "name weights, --init EXPORT_OR_RUN_OR_PTH, or --init scratch"
+        require(self.init is not None, "init", self.init, remedy)
+        super().check()

@@ -1,0 +1,1 @@
+"""Draws what it is given; knows no run."""

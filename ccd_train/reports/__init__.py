@@ -1,0 +1,1 @@
+"""Reads run folders and results; trains nothing."""

@@ -1,0 +1,1 @@
+"""What is trained: each task in a folder of its own."""

@@ -1,0 +1,1 @@
+"""Pretraining: self-supervised character-to-character distillation."""

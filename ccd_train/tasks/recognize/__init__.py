@@ -1,0 +1,1 @@
+"""Fine-tuning a backbone to read."""

@@ -1,0 +1,102 @@
+"""From the bytes of word crops to their text: what `read` and `evaluate` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from ccd_train import distributed
+from ccd_train.augment.views import normalize
+from ccd_train.config.run import require
+from ccd_train.data.charset import read_charset
+from ccd_train.data.masks import UndecodableImage, decode_rgb, resize_image
+from ccd_train.models import decoding
+from ccd_train.weights import recognizer
+from ccd_train.weights.recognizer import Trained
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which recogniser reads."""
+
+    weights: Path | None = None
+    """A fine-tuning run, an export of one, or an official .pth."""
+    charset: str | None = None
+    """The characters of an official .pth that is none of the named charsets: 36, 62, DICT90 or a text file
+    (one character a line, or all on a single line)."""
+    heads: int | None = None
+    """Attention heads of an official .pth whose backbone is not 64 wide per head."""
+    decoder_heads: int | None = None
+    """Attention heads of an official .pth whose decoder is not 64 wide per head."""
+
+    def check(self) -> None:
+        require(self.weights is not None, "weights", None, "name the recogniser: --weights RUN_OR_EXPORT")
+        for name in ("heads", "decoder_heads"):
+            given = getattr(self, name)
+            require(given is None or given >= 1, name, given, "must be 1 or more")
+
+    def open(self) -> Trained:
+        """Raises UserError where there is no recogniser or it does not fit."""
+        assert self.weights is not None, "check comes first"
+        charset = None if self.charset is None else read_charset(self.charset)
+        return recognizer.read(self.weights, charset, self.heads, self.decoder_heads)
+
+
+class Reading(NamedTuple):
+    """What was read in one image."""
+
+    text: str
+    confidence: float
+    """The probability of the whole word: of all its characters and of its end."""
+    characters: list[float]
+    """The probability of each character of the text, given those before it."""
+
+
+class Reader:
+    """A recogniser on this process's device, fed with the bytes of images."""
+
+    def __init__(self, trained: Trained) -> None:
+        cv2.setNumThreads(1)
+        self._charset, self._length = trained.charset, trained.sizes.length
+        self._device = distributed.device()
+        self._network = trained.network().to(self._device)
+
+    def read(self, images: Sequence[bytes], upright: bool = False) -> list[Reading | UndecodableImage]:
+        """What stands in each image; for one that cannot be read, why not. All go through the network as one batch.
+
+        `upright` turns them as their EXIF says, which records of an LMDB are not.
+        """
+        crops = [_crop(data, upright) for data in images]
+        readings = iter(self._read([crop for crop in crops if isinstance(crop, np.ndarray)]))
+        return [next(readings) if isinstance(crop, np.ndarray) else crop for crop in crops]
+
+    def can_write(self, text: str) -> bool:
+        """Whether this could be read at all: it is not too long, and the charset holds its characters."""
+        return len(text) <= self._length and set(text) <= set(self._charset.characters)
+
+    def _read(self, crops: Sequence[np.ndarray]) -> list[Reading]:
+        """Crops uint8 [32, 128, 3]."""
+        if not crops:
+            return []
+        inputs = torch.from_numpy(np.stack(crops)).to(self._device).permute(0, 3, 1, 2).float()
+        normalize(inputs)
+        words = decoding.read(self._network, inputs)
+        readings = []
+        for tokens, confidences in zip(words.tokens.tolist(), words.confidences.tolist(), strict=True):
+            text = self._charset.decode(tokens)
+            readings.append(Reading(text, math.prod(confidences), confidences[: len(text)]))
+        return readings
+
+
+def _crop(data: bytes, upright: bool) -> np.ndarray | UndecodableImage:
+    try:
+        return resize_image(decode_rgb(data, upright))
+    except UndecodableImage as error:
+        return error

@@ -1,0 +1,1 @@
+"""Weights in and out: backbones, recognisers, ONNX and TorchScript."""
