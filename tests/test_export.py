@@ -15,10 +15,9 @@ import yaml
 from conftest import Tiny
 from safetensors.torch import load_file
 
-from ccd_train.commands import export
+from ccd_train.commands import export, probe
 from ccd_train.errors import UserError
 from ccd_train.models.ccd import Teacher
-from ccd_train.tasks.pretrain import probe
 from ccd_train.training import checkpoint
 from ccd_train.weights import backbone as weights
 

@@ -14,22 +14,26 @@ from pathlib import Path
 
 import pytest
 
+from ccd_train.__main__ import VERBS
+
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = ("ccd_train", "data_tools", "launch")
 RANK_VARIABLES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
 
-BASE = {
-    "errors", "files", "draws", "config", "options", "severities", "schedules", "rates", "geometry", "charset",
-    "distributed", "durations", "deepspeed_file", "finetuning",
-}  # fmt: skip
-METHOD = {
-    "pictures", "gallery", "budget", "health", "augment", "photometric", "regions", "losses", "weights", "recognizers",
-    "decoding", "scoring", "models", "data",
-}  # fmt: skip
-RUNTIME = {"engine", "ema", "checkpoint", "metrics", "life", "presence", "watch", "training", "run", "tuning"}
-LAYERS = ("base", "method", "runtime", "verbs")
+FLOORS = (
+    {"errors", "files", "durations", "draws", "distributed"},
+    {"config", "drawing", "augment"},
+    {"data", "models"},
+    {"weights"},
+    {"training"},
+    {"tasks"},
+    {"reports"},
+    {"commands"},
+)
+TASKS = ({"pretrain"}, {"recognize"})  # in order: a later one may build on an earlier one
+BESIDE_THE_ROOMS, LINES = 8, 400
 
 
 def modules() -> list[str]:
@@ -74,23 +78,51 @@ def own_imports(module: str) -> set[str]:
     return {name for name in exact if not any(other.startswith(f"{name}.") for other in exact)} - {module}
 
 
-def layer(module: str) -> int:
+def floor(module: str) -> int:
+    """Of a module of ccd_train, counted from the ground; what stands outside is above everything."""
     package, _, rest = module.partition(".")
-    first = rest.split(".")[0]
-    if package != "ccd_train" or not first:
-        return 0 if module == "ccd_train" else LAYERS.index("verbs")
-    names = (BASE, METHOD, RUNTIME)
-    return next((index for index, members in enumerate(names) if first in members), LAYERS.index("verbs"))
+    room = rest.split(".")[0]
+    if package != "ccd_train" or room == "__main__":
+        return len(FLOORS)
+    return 0 if not room else next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def test_imports_point_downward() -> None:
+def test_every_room_has_a_floor() -> None:
+    rooms = {module.split(".")[1] for module in modules() if module.startswith("ccd_train.")} - {"__main__"}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_few_modules_lie_beside_the_rooms() -> None:
+    assert len(list((CHECKOUT / "ccd_train").glob("*.py"))) <= BESIDE_THE_ROOMS
+
+
+def test_imports_point_down_the_floors() -> None:
     upward = [
-        f"{module} ({LAYERS[layer(module)]}) imports {name} ({LAYERS[layer(name)]})"
+        f"{module} imports {name}"
         for module in modules()
         for name in own_imports(module)
-        if layer(name) > layer(module)
+        if name.startswith("ccd_train") and floor(name) > floor(module)
     ]
     assert not upward, "\n".join(upward)
+
+
+def test_tasks_build_on_earlier_tasks_only() -> None:
+    order = {task: number for number, tasks in enumerate(TASKS) for task in tasks}
+    tasks = [module for module in modules() if module.startswith("ccd_train.tasks.")]
+    assert {module.split(".")[2] for module in tasks} == set(order)
+    for module in tasks:
+        named = [name.split(".")[2] for name in own_imports(module) if name.startswith("ccd_train.tasks.")]
+        assert all(order[name] <= order[module.split(".")[2]] for name in named), module
+
+
+def test_the_verbs_are_the_files_of_commands() -> None:
+    files = {path.stem for path in (CHECKOUT / "ccd_train/commands").glob("*.py")} - {"__init__"}
+    assert files == set(VERBS)
+
+
+@pytest.mark.parametrize("module", [module for module in modules() if module.startswith("ccd_train")])
+def test_a_module_is_not_long(module: str) -> None:
+    assert len(source(module).read_text(encoding="utf-8").splitlines()) <= LINES
 
 
 def test_imports_have_no_cycle() -> None:
@@ -106,10 +138,6 @@ def test_imports_have_no_cycle() -> None:
     for module in modules():
         visit(module, ())
     assert done == set(modules())
-
-
-def test_the_layers_name_modules_of_one_kind_only() -> None:
-    assert not (BASE & METHOD or BASE & RUNTIME or METHOD & RUNTIME)
 
 
 @pytest.mark.parametrize(
@@ -145,22 +173,17 @@ def test_only_distributed_reads_rank_variables() -> None:
 
 def test_data_knows_nothing_of_models() -> None:
     data = [module for module in modules() if module.startswith("ccd_train.data")]
-    allowed = (
-        "ccd_train.data",
-        "ccd_train.errors",
-        "ccd_train.files",
-        "ccd_train.draws",
-        "ccd_train.config.run",
-        "ccd_train.data.charset",
-    )
+    allowed = ("ccd_train.data", "ccd_train.config", *(f"ccd_train.{module}" for module in FLOORS[0]))
     assert data
     for module in data:
-        assert all(name.startswith((*allowed, "ccd_train.distributed")) for name in own_imports(module)), module
+        assert all(name.startswith(allowed) for name in own_imports(module)), module
 
 
 def test_the_method_knows_nothing_of_files() -> None:
-    method = [m for m in modules() if LAYERS[layer(m)] == "method" and not m.startswith("ccd_train.data")]
-    for module in set(method) - {"ccd_train.weights.backbone", "ccd_train.weights.recognizer"}:
+    rooms = ("ccd_train.augment", "ccd_train.models", "ccd_train.drawing")
+    method = [module for module in modules() if module.startswith(rooms)]
+    assert method
+    for module in method:
         assert not imports(module) & {"pathlib", "os", "io", "shutil", "json", "yaml"}, module
         calls = [n.func.id for n in ast.walk(tree(module)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
         assert "open" not in calls, module

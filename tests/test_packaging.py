@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_module_and_data_file_is_in_the_wheel(wheel: Path) -> None:
     patterns = {
-        "ccd_train": ("**/*.py", "recipes/*.yaml"),
+        "ccd_train": ("**/*.py", "config/recipes/*.yaml", "reports/*.css"),
         "data_tools": ("**/*.py",),
         "ds_configs": ("*.py", "*.json"),
         "launch": ("*.py", "*.sh", "*.sbatch", "constraints.txt"),
@@ -52,7 +52,7 @@ def test_every_module_and_data_file_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_data_files_are_found_where_they_were_installed(wheel: Path) -> None:
-    program = "import importlib.resources as r; print(r.files('ds_configs'), r.files('ccd_train') / 'recipes')"
+    program = "import importlib.resources as r; print(r.files('ds_configs'), r.files('ccd_train.config') / 'recipes')"
     result = installed(wheel, sys.executable, "-c", program)
     assert result.stdout.split() == [str(wheel / "ds_configs"), str(wheel / "ccd_train/config/recipes")], result.stderr
 

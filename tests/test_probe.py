@@ -13,6 +13,7 @@ from conftest import Tiny
 from torch import Tensor
 
 from ccd_train.commands import export
+from ccd_train.commands import probe as command
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
 from ccd_train.models.regions import label_regions
@@ -127,7 +128,7 @@ def test_words_without_labels_are_refused(tmp_path: Path) -> None:
 
 def test_the_verb_scores_a_network_beside_an_untrained_one(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--weights", str(OFFICIAL), "--heads", "2", "--data", str(tiny.lmdb), "--words", "120"]
-    assert probe.main(arguments) == 0
+    assert command.main(arguments) == 0
     out = capsys.readouterr().out
     assert re.search(r"\d+ letters of \d+ classes from \d+ usable words \(\d+\.\d% of 120\)", out)
     assert len(re.findall(r"linear +\d+\.\d%   5-NN +\d+\.\d%", out)) == 2
@@ -145,7 +146,7 @@ def test_the_verb_scores_a_network_beside_an_untrained_one(tiny: Tiny, capsys: p
 )
 def test_the_verb_refuses_in_one_line(arguments: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        probe.main(arguments)
+        command.main(arguments)
 
 
 def test_export_needs_no_run_to_be_opened_by_the_probe(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_export_needs_no_run_to_be_opened_by_the_probe(tmp_path: Path) -> None:
     scores = []
     for path, heads in ((OFFICIAL, 2), (tmp_path, None)):
         found = checkpoint.open_weights(path, heads)
-        network = probe.Teacher(found.model)
-        probe.load(network, found.teacher, found.origin)
+        network = command.Teacher(found.model)
+        command.load(network, found.teacher, found.origin)
         scores.append(probe.probe(network.vit, words))
     assert scores[0] == scores[1]

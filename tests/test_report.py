@@ -18,10 +18,10 @@ from conftest import Tiny
 from ranks import run_ranks
 from test_engine import small
 
+from ccd_train.commands import report
 from ccd_train.config.pretraining import Config
 from ccd_train.drawing import charts
 from ccd_train.errors import UserError
-from ccd_train.reports import page as report
 from ccd_train.reports.history import read_history, read_lives
 from ccd_train.tasks.pretrain.run import begin
 from ccd_train.tasks.pretrain.step import train

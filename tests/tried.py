@@ -28,14 +28,13 @@ from pages import CHECKOUT, OPTION, Command, called, commands
 from words import write as write_recognizer
 
 from ccd_train import distributed
+from ccd_train.commands import finetune, pretrain
 from ccd_train.config.options import parse, to_dict
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import RunConfig
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.errors import FINISHED
-from ccd_train.tasks.pretrain import step as pretrain
-from ccd_train.tasks.recognize import step as finetune
 from ccd_train.training.life import write_outcome
 from data_tools.words import Word, find_fonts, render
 from launch import submit

@@ -30,7 +30,7 @@ from ccd_train.config.pretraining import Config
 from ccd_train.config.run import Resume
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import FINISHED, TrainingError, UserError
-from ccd_train.tasks.pretrain import step as pretrain
+from ccd_train.tasks.pretrain.step import live
 
 MEGABYTE = 10**6
 SHARED_MEMORY_PER_RANK = 64 * MEGABYTE  # NCCL's buffers between the GPUs of a node; Docker gives 64 MB in all
@@ -184,7 +184,7 @@ def one_step(config: Config) -> list[Finding]:
     remove(folder)  # a doctor that was killed left it
     began = time.monotonic()
     try:
-        pretrain.live(replace(config, run_dir=folder, max_steps=1, resume=Resume()))  # whatever the run folder holds
+        live(replace(config, run_dir=folder, max_steps=1, resume=Resume()))  # whatever the run folder holds
     except (UserError, TrainingError) as error:
         return [Finding("one step", str(error), "see there", fatal=True)]
     finally:

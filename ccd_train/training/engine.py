@@ -136,8 +136,7 @@ class Engine:
         }
         self.stage = int(content.get("zero_optimization", {}).get("stage", 0))
         if self.stage:  # as large as there are gradients: DeepSpeed's default takes 4 GB for a network of any size
-            whole = sum(parameter.numel() for parameter in student.parameters())
-            content["zero_optimization"].setdefault("reduce_bucket_size", whole)
+            content["zero_optimization"].setdefault("reduce_bucket_size", sum(p.numel() for p in student.parameters()))
         if self.stage == 3:
             # DeepSpeed's own linear layer, which takes torch's place, rounds before it adds the bias: bf16 would differ
             # from the other stages. What it saves, whole weights kept for the backward pass, is little here.
@@ -149,8 +148,7 @@ class Engine:
             )
         self._finite = True
         if self.stage in (1, 2):
-            # Ours is the verdict on a step, in every precision. DeepSpeed's own takes some fifteen small operations and
-            # a norm of every parameter, which is more than all else that a GPU is told to do in a step.
+            # Ours is the verdict on a step. DeepSpeed's own takes some sixteen small operations for every parameter.
             self._optimizer.check_grad_overflow = True
             self._optimizer.has_overflow = lambda partition_gradients=True: not self._finite
             self._optimizer.compute_grad_norm = self._offload  # it insists on one there
@@ -254,10 +252,8 @@ class Engine:
 
     def snapshot(self) -> dict[str, memoryview]:
         """This rank's files of a DeepSpeed checkpoint, by name, in memory (all ranks together)."""
-        # DeepSpeed's own conversion to its universal format wants that key.
-        self._engine.save_checkpoint(
-            "memory", tag="snapshot", client_state={"universal_checkpoint_info": {}}, save_latest=False
-        )
+        state = {"universal_checkpoint_info": {}}  # DeepSpeed's own conversion to its universal format wants that key
+        self._engine.save_checkpoint("memory", tag="snapshot", client_state=state, save_latest=False)
         contents, self._files.contents = self._files.contents, {}
         return contents
 
@@ -265,8 +261,7 @@ class Engine:
         """Restores weights, buffers, optimiser and loss scale, from as many ranks and the same description."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         assert path is not None, f"DeepSpeed found nothing to load in {folder / tag}"
-        # A fused AdamW has its counters on the device, another one on the host: the checkpoint may be of either.
-        for state in filter(None, self._base.state.values()):
+        for state in filter(None, self._base.state.values()):  # only a fused AdamW counts on the device
             state["step"] = state["step"].to(state["exp_avg"].device if self._fused else "cpu")
 
     @torch.no_grad()
