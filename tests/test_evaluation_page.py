@@ -15,7 +15,7 @@ import words
 from data_tools.words import render
 
 PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
-PACKAGES = {"ccd-train": "ccd_train", "ccd-data": "data_tools"}
+PACKAGES = {"ccd-train": "ccd_train.commands", "ccd-data": "data_tools"}
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 

@@ -297,7 +297,7 @@ def help_of(program: str, name: str) -> str:
         if program == "ccd-submit":
             ends(lambda: submit.read([name, "--help"]) and 0)
         else:
-            package = "ccd_train" if program == "ccd-train" else "data_tools"
+            package = "ccd_train.commands" if program == "ccd-train" else "data_tools"
             ends(lambda: int(importlib.import_module(f"{package}.{name}").main(["--help"])))
     return said.getvalue()
 

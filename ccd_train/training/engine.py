@@ -252,7 +252,7 @@ class Engine:
 
     def snapshot(self) -> dict[str, memoryview]:
         """This rank's files of a DeepSpeed checkpoint, by name, in memory (all ranks together)."""
-        state = {"universal_checkpoint_info": {}}  # DeepSpeed's own conversion to its universal format wants that key
+        state: dict[str, Any] = {"universal_checkpoint_info": {}}  # DeepSpeed's own conversion wants that key
         self._engine.save_checkpoint("memory", tag="snapshot", client_state=state, save_latest=False)
         contents, self._files.contents = self._files.contents, {}
         return contents
