@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by quickstart.sh and test.sh from the top of the checkout: makes .venv there, installs, and activates it. What
 # was done before is not done again. A torch that python can import already is kept; else the tested version is installed.
-# Where a folder `wheels` lies here (launch/wheels.sh makes it), everything comes from it and no network is asked.
+#   WHEELS=wheels bash launch/quickstart.sh         everything from that folder (launch/wheels.sh made it), no network
 #   PYTHON=python3.12 bash launch/quickstart.sh     another interpreter than python3
 
 stop() { echo "error: $*" >&2; exit 2; }
@@ -10,7 +10,7 @@ check_machine() {  # check_machine PYTHON: what .venv cannot bring
     command -v "$1" >/dev/null || stop "$1 is not here; install Python 3.10 or newer (Debian: apt-get install python3)"
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         stop "$1 is $("$1" -V 2>&1): 3.10 or newer is needed; name another one with PYTHON=python3.12"
-    [ -d wheels ] || "$1" -c 'import ensurepip, venv' 2>/dev/null ||
+    [ -n "${WHEELS:-}" ] || "$1" -c 'import ensurepip, venv' 2>/dev/null ||
         stop "$1 has no venv; install it (Debian: apt-get install python3-venv)"
 }
 
@@ -26,13 +26,13 @@ make_environment() {  # make_environment PYTHON: .venv, which sees the torch tha
 
 install_offline() {
     python -c 'import torch, numpy, cv2' || stop "without a network torch, NumPy and OpenCV must be here already"
-    python -m pip install --quiet --no-index --no-deps wheels/*.whl
+    python -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
     python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 }
 
 install() {  # install EXTRA: torch first and pinned, so that pip draws no other one in with the rest
     local torch
-    [ ! -d wheels ] || { install_offline; return; }
+    [ -z "${WHEELS:-}" ] || { install_offline; return; }
     python -c 'import torch' 2>/dev/null || python -m pip install "$(grep '^torch==' launch/constraints.txt)"
     torch=$(python -c 'import torch; print(torch.__version__)')
     { echo "torch==$torch"; grep -v '^torch==' launch/constraints.txt; } > .venv/constraints.txt

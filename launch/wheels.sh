@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Collects what a machine without a network lacks, for set_up.sh there: a cluster's node with a torch of its own.
 #   bash launch/wheels.sh [FOLDER] [PYTHON_VERSION]      default: wheels, 3.12
-# Copy the checkout with the folder `wheels` in it to the machine; quickstart.sh and test.sh then install from it and
-# ask no network. torch, NumPy and OpenCV are left out: they are large, and the torch of a cluster comes with them.
+# Copy the checkout with the folder in it to the machine. WHEELS=wheels bash launch/quickstart.sh (or test.sh) there
+# installs from it and asks no network. torch, NumPy and OpenCV are left out: they are large, and the torch of a cluster comes with them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/set_up.sh
