@@ -115,6 +115,14 @@ def test_tasks_build_on_earlier_tasks_only() -> None:
         assert all(order[name] <= order[module.split(".")[2]] for name in named), module
 
 
+def test_training_names_no_head_of_a_network() -> None:
+    """What is trained tells the loop and the engine what it needs: they ask nobody which task runs."""
+    for module in (module for module in modules() if module.startswith("ccd_train.training")):
+        text = source(module).read_text(encoding="utf-8").lower()
+        found = [word for word in ("prototype", "segmentation", "recogni") if word in text]
+        assert not found, f"{module}: {found}"
+
+
 def test_the_verbs_are_the_files_of_commands() -> None:
     files = {path.stem for path in (CHECKOUT / "ccd_train/commands").glob("*.py")} - {"__init__"}
     assert files == set(VERBS)

@@ -11,7 +11,18 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from ccd_train.config.options import describe, from_dict, help_texts, option_names, parse, read_recipe, recipes, to_dict
+from ccd_train.commands.export import Export
+from ccd_train.config.options import (
+    about,
+    describe,
+    from_dict,
+    help_texts,
+    option_names,
+    parse,
+    read_recipe,
+    recipes,
+    to_dict,
+)
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import flatten, identity
@@ -174,3 +185,18 @@ def test_identity_leaves_out_what_may_change() -> None:
     assert not [name for name in kept if name.startswith(("log.", "checkpoint.", "resume.", "distributed."))]
     tuned = identity(to_dict(read_recipe(FineTuning, "recognizer_small")))
     assert "valid.rule" in tuned and "valid.patience" not in tuned  # a best by another rule is no best
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "task"),
+    [(Config, "recognizer_nano", "recognize"), (FineTuning, "vit_nano", "pretrain"), (Export, "vit_nano", "pretrain")],
+)
+def test_a_recipe_of_another_task_is_refused(kind: type, name: str, task: str) -> None:
+    refused = rf"^--config {name}: a recipe of another task \({task}\); .*give a \.yaml file$"
+    with pytest.raises(UserError, match=refused):
+        parse(kind, ["--config", name], "test")
+
+
+def test_settings_of_no_task_offer_no_recipes() -> None:
+    assert "recipe" not in about(Export)
+    assert "vit_nano" in about(Config) and "recognizer_nano" not in about(Config)

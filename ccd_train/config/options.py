@@ -46,9 +46,11 @@ def parse(kind: type[Settings], argv: Sequence[str], program: str) -> Settings:
 
 def about(kind: type) -> str:
     """What --help says first: two options are read before all others, and so are not in its list."""
+    names = ", ".join(recipes(kind))
+    taken = f"--config NAME takes a recipe ({names}) or a .yaml file" if names else "--config FILE takes a .yaml file"
     return (
-        f"{inspect.getdoc(kind)} --config NAME takes a recipe ({', '.join(recipes(kind))}) or a .yaml file, which the "
-        "options below override; --print_config shows every setting in force, with its help, and ends."
+        f"{inspect.getdoc(kind)} {taken}, which the options below override; --print_config shows every setting in "
+        "force, with its help, and ends."
     )
 
 
@@ -57,25 +59,42 @@ def read_recipe(kind: type[Settings], name: str) -> Settings:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"--config {name}: no such file; recipes are {', '.join(recipes(kind))}")
+            raise UserError(f"--config {name}: no such file; {_known(kind)}")
         text = path.read_text(encoding="utf8")
-    elif name in recipes(kind):
+    elif name in _tasks():
         text = resources.files("ccd_train.config").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf8")
     else:
-        raise UserError(f"--config {name}: no such recipe; there are {', '.join(recipes(kind))}, or give a .yaml file")
+        raise UserError(f"--config {name}: no such recipe; {_known(kind)}")
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
+    task = values.pop("task", None) if isinstance(values, dict) else None
+    if task is not None and task != _task(kind):
+        raise UserError(f"--config {name}: a recipe of another task ({task}); {_known(kind)}")
     return from_dict(kind, values, where=name)
 
 
 def recipes(kind: type) -> list[str]:
-    """The names of the recipes of this package that set nothing but what such settings have."""
+    """The names of this package's recipes of the task that such settings are for; none where they are for no task."""
+    return sorted(name for name, task in _tasks().items() if task == _task(kind))
+
+
+def _task(kind: type) -> str | None:
+    return getattr(kind, "task", None)
+
+
+def _tasks() -> dict[str, str]:
+    """The recipes of this package by name, with their tasks."""
     folder = resources.files("ccd_train.config").joinpath("recipes")
-    known = {item.name for item in dataclasses.fields(kind)}
-    texts = {entry.name: entry.read_text(encoding="utf8") for entry in folder.iterdir()}
-    return sorted(name.removesuffix(".yaml") for name, text in texts.items() if known.issuperset(yaml.safe_load(text)))
+    texts = {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf8") for entry in folder.iterdir()}
+    return {name: yaml.safe_load(text)["task"] for name, text in texts.items()}
+
+
+def _known(kind: type) -> str:
+    """What --config may name, for an error."""
+    names = recipes(kind)
+    return f"there are {', '.join(names)}, or give a .yaml file" if names else "give a .yaml file"
 
 
 def from_dict(
@@ -164,7 +183,7 @@ def _own_options(kind: type, argv: Sequence[str]) -> tuple[str | None, bool, lis
         if name == "--config":
             recipe = value if equals else next(arguments, None)
             if recipe is None:
-                raise UserError(f"--config: a recipe or a file must follow; recipes are {', '.join(recipes(kind))}")
+                raise UserError(f"--config: a name or a file must follow; {_known(kind)}")
         elif argument.replace("-", "_") == "__print_config":
             show = True
         else:

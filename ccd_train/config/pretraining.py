@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ccd_train.augment.geometry import Affine
 from ccd_train.augment.severities import Augment
@@ -201,6 +201,8 @@ class Probe:
 class Config(RunConfig):
     """A pretraining run."""
 
+    task: ClassVar[str] = "pretrain"
+    """Which recipes are its own."""
     init: Path | None = None
     """Weights to start from: a run folder, an export or an official .pth; a run that goes on ignores it."""
     data: Data = field(default_factory=Data)

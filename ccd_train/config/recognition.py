@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ccd_train.augment.severities import Augment
 from ccd_train.config.pretraining import Model
@@ -115,6 +115,8 @@ class Valid:
 class FineTuning(RunConfig):
     """A fine-tuning run."""
 
+    task: ClassVar[str] = "recognize"
+    """Which recipes are its own."""
     init: Path | None = None
     """Where the backbone comes from: a pretraining's run folder, its export or an official .pth (the teacher's), a
     recogniser of the same charset (all of it), or the word scratch; a run that goes on ignores it."""

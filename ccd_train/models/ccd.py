@@ -30,6 +30,9 @@ from ccd_train.models.vit import VisionTransformer
 REGULAR, IRREGULAR = 1, 2  # words that tell the two views' draws apart
 
 
+PROTOTYPES = "prototypes"  # the part of the parameters that is frozen at first
+
+
 class Regions(NamedTuple):
     """The characters of a batch, the same for student and teacher. (A tuple: ZeRO-3 looks for tensors in those.)"""
 
@@ -62,6 +65,12 @@ class Student(nn.Module):
         self.vit = _vit(model, model.drop_path, activation_checkpointing)
         self.segmentation = SegmentationHead(model.width, model.segmentation_width)
         self.projection = _projection(model)
+
+    def part(self, name: str) -> str:
+        """Of a parameter: the prototypes are frozen at first, and the segmentation head is what the teacher lacks."""
+        if ".prototypes." in name:
+            return PROTOTYPES
+        return "segmentation" if name.startswith("segmentation.") else "shared"
 
     def forward(
         self,

@@ -229,6 +229,11 @@ class Recognizer(nn.Module):
         self.register_buffer("places", grid_sinusoids(sizes.width) if sizes.place_codes else None, persistent=False)
         self.decoder = Decoder(sizes, classes)
 
+    def part(self, name: str) -> str:
+        """Of a parameter: the backbone, or what stands behind it by its name."""
+        first = name.partition(".")[0]
+        return "shared" if first == "vit" else first
+
     def encode(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Normalised images [B, 3, 32, 128] → memory [B, S, E]; keys int64 [B] in training."""
         tokens, _ = self.vit(images, keys)

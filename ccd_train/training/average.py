@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccd_train import distributed
-from ccd_train.models import ccd
 from ccd_train.training.engine import Engine
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -101,6 +100,3 @@ class Average(Generic[Network]):
             sizes = [size for _, _, size in places]
             pieces += row[: sum(sizes)].split(sizes) if sizes else []
         return pieces
-
-
-Teacher = Average[ccd.Teacher]

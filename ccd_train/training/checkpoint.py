@@ -37,8 +37,6 @@ from ccd_train.config.options import from_dict
 from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
 from ccd_train.files import Digest, digest, replace_file, sync_folder, write_file
-from ccd_train.models.losses import Center
-from ccd_train.training.average import Teacher
 from ccd_train.training.engine import Engine, read_file
 from ccd_train.weights import backbone
 from ccd_train.weights.backbone import Weights
@@ -139,18 +137,6 @@ def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
         whole, module = read_whole(checkpoint)
         engine.load_whole(whole, module, state["loss_scale"])
     return state
-
-
-def teacher_files(teacher: Teacher, center: Center) -> dict[str, dict[str, Tensor]]:
-    """What a pretraining keeps beside the engine's files (all ranks together)."""
-    return {TEACHER: teacher.state_dict() | {CENTER: center.value.to("cpu", copy=True)}}
-
-
-def load_teacher(checkpoint: Path, teacher: Teacher, center: Center) -> None:
-    """Restores what `teacher_files` kept, on any number of ranks."""
-    tensors = safetensors.torch.load_file(checkpoint / TEACHER)
-    center.value.copy_(tensors.pop(CENTER))
-    teacher.load_state_dict(tensors)
 
 
 def read_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:

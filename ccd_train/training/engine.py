@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -105,15 +106,14 @@ def read_file(path: Path, map_location: Any = None, mmap: bool = False) -> Any:
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
-    """AdamW's groups. No weight decay on biases and 1-D parameters (DINO, utils.py); the prototypes, which are frozen
-    at first, and the segmentation head, which the teacher lacks, are apart.
+    """AdamW's groups, two at most for each part that `student.part(name)` tells: no weight decay on biases and 1-D
+    parameters (DINO, utils.py).
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            part = "prototypes" if ".prototypes." in name else name.partition(".")[0]
-            part = "shared" if part in ("vit", "projection") else part
-            groups.setdefault((part, parameter.ndim > 1 and not name.endswith(".bias")), []).append(parameter)
+            decays = parameter.ndim > 1 and not name.endswith(".bias")
+            groups.setdefault((student.part(name), decays), []).append(parameter)  # type: ignore[operator]
     return [{"params": members, "part": part, "decays": decays} for (part, decays), members in groups.items()]
 
 
@@ -195,18 +195,18 @@ class Engine:
         if not last:
             self._engine.step()  # only counts
 
-    def set_rates(self, lr: float, weight_decay: float, prototypes_frozen: bool = False) -> None:
-        """Of the step to come. A frozen group has rate 0: its weights then stay as they are, to the bit."""
+    def set_rates(self, lr: float, weight_decay: float, frozen: Collection[str] = ()) -> None:
+        """Of the step to come. A frozen part has rate 0: its weights then stay as they are, to the bit."""
         for group in self._base.param_groups:
-            group["lr"] = 0.0 if prototypes_frozen and group["part"] == "prototypes" else lr
+            group["lr"] = 0.0 if group["part"] in frozen else lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
-    def forget_prototype_moments(self) -> None:
-        """Starts the optimiser of the prototypes afresh: what it gathered while they were frozen would make its first
-        steps several times the learning rate (official code: gradients None until the thaw, so no state).
+    def forget_moments(self, part: str) -> None:
+        """Starts the optimiser of a part afresh: what it gathered while the part was frozen would make its first
+        steps several times the learning rate.
         """
-        for part, flat in self._flats:
-            if part == "prototypes":
+        for one, flat in self._flats:
+            if one == part:
                 for value in self._base.state.get(flat, {}).values():
                     value.zero_()
 

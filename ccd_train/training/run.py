@@ -1,6 +1,6 @@
 """What every run has, whatever it trains: its folder, engine, batches, progress and checkpoints, and how it ends.
 
-`run.py` and `tuning.py` build a pretraining and a fine-tuning run on it; `pretrain.py` and `finetune.py` train them.
+The tasks in `ccd_train/tasks/` build their runs on it and train them.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ class Training:
         engine: Engine,
         batches: Batches,
         progress: Progress,
-        beside: Callable[[], dict[str, dict[str, Tensor]]],
     ) -> None:
-        """`beside`: what its checkpoints keep beside the engine's files, by file and name."""
         self.home, self.engine, self.batches, self.progress = home, engine, batches, progress
         self.run_dir, self.stop = home.run_dir, home.stop
         self.global_batch, self.accumulation, self.last_step = home.global_batch, home.accumulation, home.last_step
@@ -138,13 +136,16 @@ class Training:
         """The checkpoint that is being written behind the steps."""
         self.failed_saves = 0
         """In a row, up to now."""
-        self._beside = beside
         self.watch = Watch(
             home.config.distributed.timeout,
             lambda message: write_outcome(home.run_dir, UNFINISHED, message, mine=False),
         )
         if distributed.rank() == 0:
             log.info("going on from %s", home.found) if home.found else log.info("starting from the beginning")
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        """What its checkpoints keep beside the engine's files, by file and name: copies (all ranks together)."""
+        return {}
 
     def advance(self, applied: bool, sample_ids: Tensor) -> None:
         """Counts a step; ends the run where too many in a row were skipped, with their samples listed."""
@@ -198,7 +199,7 @@ class Training:
             "validation_seconds": self.stop.validation_seconds,
             "settings": to_dict(self.home.config),
         }
-        self.pending = checkpoint.Save(self.run_dir, self.engine, self._beside, description)
+        self.pending = checkpoint.Save(self.run_dir, self.engine, self.beside, description)
         if wait:
             self.finish_save()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from ccd_train import distributed
 from ccd_train.augment.views import Augmentation
@@ -16,10 +18,12 @@ from ccd_train.models import ccd
 from ccd_train.models.losses import Center
 from ccd_train.tasks.pretrain.rates import Rates, rates
 from ccd_train.training import checkpoint
-from ccd_train.training.average import Teacher
+from ccd_train.training.average import Average
 from ccd_train.training.engine import Engine
 from ccd_train.training.run import Home, Progress, Training, compile_blocks, refuse_other
 from ccd_train.weights import backbone
+
+Teacher = Average[ccd.Teacher]
 
 
 class Run(Training):
@@ -34,9 +38,13 @@ class Run(Training):
         teacher: Teacher,
         center: Center,
     ) -> None:
-        super().__init__(home, engine, batches, progress, lambda: checkpoint.teacher_files(teacher, center))
+        super().__init__(home, engine, batches, progress)
         self.config, self.corpus, self.teacher, self.center = config, corpus, teacher, center
         self.augmentation = Augmentation(config.augment, config.affine)
+
+    def beside(self) -> dict[str, dict[str, Tensor]]:
+        center = self.center.value.to("cpu", copy=True)
+        return {checkpoint.TEACHER: self.teacher.state_dict() | {checkpoint.CENTER: center}}
 
     def rates(self) -> Rates:
         """Of the step that comes next."""
@@ -66,7 +74,9 @@ def begin(config: Config) -> Run:
     progress = Progress()
     if home.found is not None:
         progress.restore(checkpoint.load(home.found, engine))
-        checkpoint.load_teacher(home.found, teacher, center)
+        tensors = safetensors.torch.load_file(home.found / checkpoint.TEACHER)
+        center.value.copy_(tensors.pop(checkpoint.CENTER))
+        teacher.load_state_dict(tensors)
     batches = loader(
         corpus,
         sample_order(corpus, config.data, config.seed),

@@ -23,7 +23,7 @@ from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch, Reader
 from ccd_train.data.loader import sample_order
 from ccd_train.errors import TrainingError
-from ccd_train.models.ccd import StudentOutput
+from ccd_train.models.ccd import PROTOTYPES, StudentOutput
 from ccd_train.models.losses import distillation_loss, segmentation_loss
 from ccd_train.tasks.pretrain import gallery, health, pictures
 from ccd_train.tasks.pretrain.pictures import Seen
@@ -101,8 +101,8 @@ def train_step(run: Run, logged: bool) -> Step:
     config, engine, center, step = run.config, run.engine, run.center, run.progress.step + 1
     now, waited, sample_ids, statistics = run.rates(), 0.0, [], {}
     if now.prototypes_thaw:
-        engine.forget_prototype_moments()
-    engine.set_rates(now.lr, now.weight_decay, now.prototypes_frozen)
+        engine.forget_moments(PROTOTYPES)  # the official code has no gradients of them until then, and so no state
+    engine.set_rates(now.lr, now.weight_decay, frozen=(PROTOTYPES,) if now.prototypes_frozen else ())
     moving = [center.value, *engine.student.buffers()]  # what a forward pass changes: a skipped step gives it back
     before = [value.clone() for value in moving]
     losses_seen = torch.zeros(3, device=distributed.device())

@@ -63,7 +63,7 @@ class Tuning(Training):
         batches: Batches,
         progress: Learned,
     ) -> None:
-        super().__init__(home, engine, batches, progress, beside=dict)
+        super().__init__(home, engine, batches, progress)
         self.config, self.words, self.valid, self.charset = config, words, valid, charset
         self.augmentation = WordAugmentation(config.augment, Affine())
         self.copy = Average(engine, network)
