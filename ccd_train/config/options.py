@@ -183,7 +183,7 @@ def _own_options(kind: type, argv: Sequence[str]) -> tuple[str | None, bool, lis
         if name == "--config":
             recipe = value if equals else next(arguments, None)
             if recipe is None:
-                raise UserError(f"--config: a name or a file must follow; {_known(kind)}")
+                raise UserError(f"--config: a recipe or a file must follow; {_known(kind)}")
         elif argument.replace("-", "_") == "__print_config":
             show = True
         else:
