@@ -131,7 +131,7 @@ def kill_and_resume(part: Part, words: Path) -> bool:
 
 
 def parity(part: Part) -> subprocess.Popen[bytes]:
-    os.environ["CCD_TEST_DEVICE"] = "cpu" if part.rehearse else "cuda"
+    os.environ["CCD_TEST_DEVICE"] = "cuda"
     return start(part.out / "right" / "parity.log", "-m", "pytest", "-q", "-p", "no:cacheprovider",
                  TESTS / "test_reference_parity.py")  # fmt: skip
 
@@ -141,12 +141,15 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     words = shards(part, "few")
     shards(part, "valid")
-    golden, runs = parity(part), stages(part, words)
+    golden = None if part.rehearse else parity(part)  # on a CPU they are among the tests anyway
+    runs = stages(part, words)
     held = [compare_views(part, words), kill_and_resume(part, words), judge_stages(part, runs)]
-    code = golden.wait(max(1.0, part.left()))
-    summary = (part.out / "right" / "parity.log").read_text().splitlines()[-1]
-    part.add("parity with the official outputs", tests=summary, exit_code=code, tolerance=2e-5)
-    return 0 if all(held) and code == 0 else 1
+    if golden is not None:
+        code = golden.wait(max(1.0, part.left()))
+        summary = (part.out / "right" / "parity.log").read_text().splitlines()[-1]
+        part.add("parity with the official outputs", tests=summary, exit_code=code, tolerance=2e-5)
+        held.append(code == 0)
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":
