@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ccd_train.augment.geometry import Affine, sample_theta, warp_images
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta, warp_images
 from ccd_train.augment.photometric.chain import Runner, Stage, Table
 from ccd_train.augment.severities import CHAINS, Augment, Group
 from ccd_train.augment.views import MEAN, STD, Augmentation, Views, WordAugmentation

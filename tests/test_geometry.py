@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ccd_train.augment.geometry import Affine, compose, map_points, normalize, sample_theta, warp_images, warp_masks
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import compose, map_points, normalize, sample_theta, warp_images, warp_masks
 from ccd_train.errors import UserError
 
 HEIGHT, WIDTH = 32, 128

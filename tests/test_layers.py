@@ -216,3 +216,13 @@ def test_shards_are_made_without_torch(verb: str) -> None:
         pytest.skip(f"data_tools.{verb} does not exist")
     program = f"import sys, data_tools.__main__, data_tools.{verb}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT).returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "estimate", "report"])
+def test_help_needs_no_torch(verb: str) -> None:
+    """Whoever asks for help, or for a report, does not wait for libraries that train."""
+    program = f"import sys; sys.argv[1:] = ['{verb}', '--help']; from ccd_train.__main__ import verb\n"
+    program += "try: verb()\nexcept SystemExit: pass\n"
+    program += "sys.exit(', '.join({'torch', 'deepspeed'} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

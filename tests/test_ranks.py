@@ -14,7 +14,8 @@ from ranks import run_ranks
 from torch import Tensor
 
 from ccd_train import distributed
-from ccd_train.augment.geometry import Affine, sample_theta, warp_masks
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta, warp_masks
 from ccd_train.config.pretraining import Model
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.models.losses import Center, distillation_loss, segmentation_loss, teacher_statistics

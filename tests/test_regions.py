@@ -16,7 +16,8 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.nn import functional as F
 
-from ccd_train.augment.geometry import Affine, sample_theta
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta
 from ccd_train.data.masks import decode_rgb, pseudo_mask, resize_mask
 from ccd_train.data.records import LmdbReader
 from ccd_train.models.regions import MIN_PIXELS, ROUNDS, SLOTS, components, label_regions, pool, warp_regions

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Tiny
 
-from ccd_train.augment.geometry import Affine
+from ccd_train.augment.affine import Affine
 from ccd_train.augment.photometric.chain import OPERATIONS
 from ccd_train.augment.severities import Augment
 from ccd_train.augment.views import Augmentation

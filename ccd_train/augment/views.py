@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccd_train import distributed
-from ccd_train.augment.geometry import Affine, sample_theta, sampling_grid, warp_images
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta, sampling_grid, warp_images
 from ccd_train.augment.photometric.chain import Runner
 from ccd_train.augment.photometric.tables import constant
 from ccd_train.augment.severities import Augment

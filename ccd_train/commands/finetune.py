@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from ccd_train import distributed
 from ccd_train.config.options import parse
 from ccd_train.config.recognition import FineTuning
-from ccd_train.tasks.recognize.step import live
-from ccd_train.training.run import conclude
 
 
 def main(argv: list[str]) -> int:
+    config = parse(FineTuning, argv, "ccd-train finetune")  # before torch is imported: --help and a refusal are quick
+    from ccd_train import distributed
+    from ccd_train.tasks.recognize.step import live
+    from ccd_train.training.run import conclude
+
     logging.basicConfig(format="%(message)s", level=logging.INFO if distributed.rank() == 0 else logging.WARNING)
     distributed.end_with_launcher()
-    config = parse(FineTuning, argv, "ccd-train finetune")
     return conclude(config.run_dir, lambda: live(config))

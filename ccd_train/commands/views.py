@@ -17,7 +17,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ccd_train.augment.geometry import Affine
+from ccd_train.augment.affine import Affine
 from ccd_train.augment.photometric import reference
 from ccd_train.augment.photometric.chain import OPERATIONS, Table, parameters
 from ccd_train.augment.severities import RANGES, WHOLE, Augment, Chain, Group

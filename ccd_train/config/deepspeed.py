@@ -7,8 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ccd_train.errors import UserError
 
 # DeepSpeed's keys that our configuration owns, and the field to set instead.
@@ -31,8 +29,11 @@ def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str
     `gpus`: whether the run has any; by default, whether this machine has. Raises UserError where there is no such file,
     where it is no JSON, or where it sets what our configuration owns.
     """
-    gpus = torch.cuda.is_available() if gpus is None else gpus
     if name is None:
+        if gpus is None:
+            import torch  # not needed to read settings, and slow to import
+
+            gpus = torch.cuda.is_available()
         name = "zero1_bf16" if gpus else "zero1_fp32"
     folder = resources.files("ds_configs")
     known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ccd_train.augment.geometry import Affine
+from ccd_train.augment.affine import Affine
 from ccd_train.augment.severities import Augment
 from ccd_train.config.run import RunConfig, require
 

@@ -29,7 +29,6 @@ import cv2
 import numpy as np
 
 from ccd_train import distributed
-from ccd_train.commands import finetune, pretrain
 from ccd_train.commands.evaluate import evaluate
 from ccd_train.config.options import read_recipe
 from ccd_train.config.pretraining import Config
@@ -39,6 +38,8 @@ from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.errors import FINISHED
 from ccd_train.reports.benchmarks import find_sets
 from ccd_train.reports.history import read_history
+from ccd_train.tasks.pretrain import step as pretrain
+from ccd_train.tasks.recognize import step as finetune
 from ccd_train.tasks.recognize.reading import Reader
 from ccd_train.weights import recognizer as recognizers
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccd_train.augment.geometry import Affine, sample_theta
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta
 from ccd_train.models.regions import label_regions, pool, warp_regions
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ccd_train.augment.geometry import Affine, sample_theta, warp_masks
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta, warp_masks
 from ccd_train.config.options import read_recipe, recipes
 from ccd_train.config.pretraining import Config
 from ccd_train.models.ccd import Student, StudentOutput, Teacher

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccd_train.augment.geometry import Affine, sample_theta
+from ccd_train.augment.affine import Affine
+from ccd_train.augment.geometry import sample_theta
 from ccd_train.augment.photometric import reference
 from ccd_train.augment.photometric.chain import OPERATIONS, Operation, Table
 from ccd_train.augment.severities import Augment, Chain, Group

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ccd_train import distributed
-from ccd_train.augment.geometry import Affine
+from ccd_train.augment.affine import Affine
 from ccd_train.augment.views import WordAugmentation
 from ccd_train.config.options import to_dict
 from ccd_train.config.recognition import SCRATCH, FineTuning
