@@ -141,7 +141,7 @@ def test_an_onnx_model_that_reads_otherwise_is_not_left(onnx_file: Path, tmp_pat
 def test_without_onnxruntime_a_model_is_written_unchecked(tmp_path: Path) -> None:
     program = (
         "import sys, words; sys.modules['onnxruntime'] = None\n"
-        "from pathlib import Path; from ccd_train import portable\n"
+        "from pathlib import Path; from ccd_train.weights import portable\n"
         "assert portable.publish_onnx(Path(sys.argv[1]), b'model', words.small()) is False"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "x.onnx")]
@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(folder: Path, tmp_pat
     path = tmp_path / name
     path.write_text("old")
     program = (
-        "import resource, signal, sys; from ccd_train import export\n"
+        "import resource, signal, sys; from ccd_train.commands import export\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from ccd_train.errors import run\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
@@ -174,7 +174,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(folder: Path, tmp_pat
 def test_without_the_packages_a_line_says_what_to_install(folder: Path, tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['onnx'] = None\n"
-        "from ccd_train import export; from ccd_train.errors import run\n"
+        "from ccd_train.commands import export; from ccd_train.errors import run\n"
         "run(lambda: export.main(sys.argv[1:]))"
     )
     options = ["--weights", str(folder), "--format", "onnx", "--out", str(tmp_path / "x.onnx")]

@@ -49,7 +49,8 @@ def test_masks_lie_on_the_glyphs(words: list[Word]) -> None:
     for word in words:
         image, mask = decode_rgb(word.image), decode_mask(word.mask)
         assert mask.shape == image.shape[:2] and 0.005 < mask.mean() < 0.75
-        core = cv2.erode(mask, np.ones((2, 2), np.uint8)) if mask.mean() > 0.1 else mask
+        eroded = cv2.erode(mask, np.ones((2, 2), np.uint8))
+        core = eroded if mask.mean() > 0.1 and eroded.any() else mask  # of a thin font nothing is left
         assert np.abs(image[core == 1].mean(0) - image[mask == 0].mean(0)).max() > 12
         found = pseudo_mask(image)
         overlaps.append((found & mask).sum() / (found | mask).sum())

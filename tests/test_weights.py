@@ -308,7 +308,7 @@ def test_an_official_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: P
     path = tmp_path / "x.pth"
     path.write_text("old")
     program = (
-        "import resource, signal, sys; from ccd_train import export; from ccd_train.errors import run\n"
+        "import resource, signal, sys; from ccd_train.commands import export; from ccd_train.errors import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
         "run(lambda: export.main(sys.argv[1:]))"
