@@ -32,7 +32,6 @@ setup(
         "Pillow>=10.1",
         "opencv-python>=4.9",
         "tensorboard>=2.15",
-        "tyro>=0.9",  # the configuration: dataclasses from the command line
         "PyYAML>=6.0",  # recipes
         "tqdm>=4.66",  # progress bars
         "safetensors>=0.4",  # weights for others, without pickle

@@ -13,7 +13,6 @@ from ccd_train.errors import UserError, run
 VERBS = {
     "pretrain": "pretrain on shards; the same --run_dir again goes on where it stopped",
     "finetune": "teach a pretrained backbone to read, from labelled words",
-    "curve": "draw the losses of a run as a picture",
     "report": "one HTML page about a run, or several beside each other",
     "estimate": "parameters, operations, memory, traffic, images per second and days, before a run",
     "views": "draw the views, masks and regions of some samples",

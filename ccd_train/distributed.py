@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -176,30 +176,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def all_reduce_max(tensor: Tensor) -> Tensor:
-    """The maximum over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """y = Σ over ranks of x; every rank's loss depends on every rank's x, so the gradients are added as well."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return all_reduce_sum(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return all_reduce_sum(gradient.contiguous().clone())
-
-
-def all_reduce_sum_differentiable(tensor: Tensor) -> Tensor:
-    """The sum over all ranks as a new tensor; its backward adds the gradients over all ranks."""
-    return cast(Tensor, _AllReduceSum.apply(tensor)) if world_size() > 1 else tensor  # type: ignore[no-untyped-call]
 
 
 def broadcast_object(value: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from ccd_train.config.options import parse
 from ccd_train.data.records import find_lmdbs
 from ccd_train.errors import UserError
+from ccd_train.tasks.choice import task_of
 from launch import slurm
 from launch.outcome import SETTINGS
 from launch.preflight import check_training, check_writable
@@ -43,7 +44,7 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
     settings = [*settings, "--run_dir", str(run_dir)]
     config = parse(SETTINGS[arguments.trains], settings, f"ccd-train {arguments.trains}")
     processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_training(config, arguments.nodes * processes, gpus=bool(arguments.gpus_per_node or arguments.gres))
+    check_training(task_of(config), arguments.nodes * processes, gpus=bool(arguments.gpus_per_node or arguments.gres))
     options: dict[str, str | None] = {
         "job-name": arguments.job_name or f"ccd-{run_dir.name}".replace("\n", " "),
         "nodes": str(arguments.nodes),

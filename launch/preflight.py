@@ -9,80 +9,44 @@ from pathlib import Path
 import torch
 
 from ccd_train.config.deepspeed import read_deepspeed_file
-from ccd_train.config.pretraining import Config
-from ccd_train.config.recognition import SCRATCH, FineTuning
-from ccd_train.data.charset import read_charset
-from ccd_train.data.shards import Corpus
-from ccd_train.data.words import open_words
+from ccd_train.config.run import RunConfig
 from ccd_train.errors import UserError
-from ccd_train.models.ccd import Student
-from ccd_train.models.recognizer import Recognizer
-from ccd_train.tasks.pretrain import run
-from ccd_train.tasks.pretrain.probe import read_words
-from ccd_train.tasks.recognize import run as tuning
 from ccd_train.training.life import claim
+from ccd_train.training.task import Task
 from launch.lives import newest_step
 
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_training(config: Config | FineTuning, ranks: int, gpus: bool) -> None:
+def check_training(task: Task, ranks: int, gpus: bool) -> None:
     """Raises UserError for whatever would refuse or end this run on `ranks` ranks, with GPUs or without."""
+    config = task.config
     config.check()
     assert config.run_dir is not None
     read_deepspeed_file(config.deepspeed, gpus)
-    facts = facts_of(config)
+    facts = task.open()
     check_writable(config.run_dir)
     check_batch(config, ranks, claim(config.run_dir, config, facts, config.train.global_batch_size))
-    check_start(config)
-    if isinstance(config, Config) and config.probe.every_steps:
-        read_words(config.probe.data, config.probe.words)
-    check_space(config, parameters_of(config))
-
-
-def facts_of(config: Config | FineTuning) -> dict[str, str]:
-    """What tells this run from others beside its settings; its data are opened for that."""
-    if isinstance(config, FineTuning):
-        data, charset, length = config.data, read_charset(config.data.charset), config.recognizer.length
-        words, _ = open_words(
-            data.train, charset, length, option="data.train", seed=config.seed, fraction=data.fraction
-        )
-        valid, _ = open_words(data.valid, charset, length, option="data.valid")
-        return {"corpus": words.hash, "valid": valid.hash, "charset": charset.characters}
-    return {"corpus": Corpus.open(config.data.shards, config.data.exclude).hash}
-
-
-def parameters_of(config: Config | FineTuning) -> int:
-    """How many parameters are trained."""
+    check_start(task)
     with torch.device("meta"):
-        if isinstance(config, FineTuning):
-            classes = read_charset(config.data.charset).classes
-            network: torch.nn.Module = Recognizer(config.model, config.recognizer, classes)
-        else:
-            network = Student(config.model)
-    return sum(parameter.numel() for parameter in network.parameters())
+        parameters = sum(parameter.numel() for parameter in task.network().parameters())
+    check_space(config, parameters)
 
 
-def check_start(config: Config | FineTuning) -> None:
+def check_start(task: Task) -> None:
     """Looks at what the run goes on from, and reads the weights that a new one starts from."""
+    config = task.config
     assert config.run_dir is not None
     step = newest_step(config.run_dir)
     if step == 0 and config.resume.mode == "must":
         raise UserError(f"--resume.mode must: no complete checkpoint in {config.run_dir}; check --run_dir, or drop it")
     if step and config.resume.mode == "never":
         raise UserError(f"--resume.mode never: {config.run_dir} has a checkpoint; take another --run_dir")
-    if step or config.init is None or config.init == SCRATCH:
-        return
-    if not config.init.exists():
-        raise UserError(f"--init {config.init}: no such file or folder; name a run, an export or a .pth")
-    if isinstance(config, FineTuning):
-        charset = read_charset(config.data.charset)
-        tuning.start_from(config, charset, Recognizer(config.model, config.recognizer, charset.classes))
-    else:
-        run.start_from(config.init, config, Student(config.model))
+    if not step and config.init is not None:
+        task.start(task.network())
 
 
-def check_batch(config: Config | FineTuning, ranks: int, batch: int | None) -> None:
+def check_batch(config: RunConfig, ranks: int, batch: int | None) -> None:
     """Refuses a global batch, of the settings or of the run folder, that so many ranks cannot share evenly."""
     micro = config.train.micro_batch_size
     if batch is not None and batch % (micro * ranks):
@@ -107,7 +71,7 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.resolve().parents) if place.exists())
 
 
-def check_space(config: Config | FineTuning, parameters: int) -> None:
+def check_space(config: RunConfig, parameters: int) -> None:
     """Room for the checkpoints that are kept and the one that is being written."""
     assert config.run_dir is not None
     needed = parameters * CHECKPOINT_BYTES * (config.checkpoint.keep + 1)

@@ -50,12 +50,12 @@ trap - EXIT
 
 echo "the same command once more: it goes on where it stopped …"
 (pretrain)
-ccd-train curve "$run"
+ccd-train report "$run"
 cat <<END
 
 finished: $STEPS steps, interrupted half way.
   run folder    $run
-  loss curve    $run/pictures/loss.png
+  report        $run/report.html
   pictures      $run/pictures
   TensorBoard   .venv/bin/tensorboard --logdir $run/tensorboard
 END

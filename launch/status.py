@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
 
-from ccd_train.config.options import read_recipe
-from ccd_train.config.pretraining import Config
-from ccd_train.config.recognition import FineTuning
-from ccd_train.config.run import RunConfig
+from ccd_train.config.stored import read_settings
 from ccd_train.durations import duration
 from ccd_train.errors import UserError
 from launch import slurm
 from launch.lives import begins, newest_step, read_lives
 from launch.outcome import read_outcome
-
-KINDS: dict[type[RunConfig], str] = {FineTuning: "^recognizer:", Config: "^distillation:"}
-"""A section of config.yaml that only this kind of run has."""
 
 UNKNOWN = "no longer known to SLURM"
 
@@ -62,13 +55,6 @@ def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     last_step = config.max_steps or -(-config.train.total_samples // batch)
     left = duration(max(last_step - step, 0) * batch / rate) if rate else "nobody knows how long"
     return [*rows, ("left", f"{left} to step {last_step:.0f}")]
-
-
-def read_settings(run_dir: Path) -> RunConfig:
-    """The settings in force, of whatever kind of run."""
-    path = run_dir / "config.yaml"
-    kind = next(kind for kind, mark in KINDS.items() if re.search(mark, path.read_text(encoding="utf-8"), re.MULTILINE))
-    return read_recipe(kind, str(path))
 
 
 def _alarms(run_dir: Path) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccd_train.augment.affine import Affine
 from ccd_train.augment.geometry import sample_theta, warp_images
-from ccd_train.augment.photometric.chain import Runner, Stage, Table
+from ccd_train.augment.photometric.chain import ChainStage, Runner, Table
 from ccd_train.augment.severities import CHAINS, Augment, Group
 from ccd_train.augment.views import MEAN, STD, Augmentation, Views, WordAugmentation
 from ccd_train.draws import mix, sample_keys
@@ -132,7 +132,7 @@ def test_the_irregular_view_is_the_chain_and_then_theta() -> None:
     assert black.float().mean() > 0.05  # the corners are filled with zeros
 
 
-def stages(chain: str, count: int) -> tuple[list[Table], list[Stage]]:
+def stages(chain: str, count: int) -> tuple[list[Table], list[ChainStage]]:
     resolved = CHAINS[chain]
     tables = [Table(resolved, group) for group in resolved.groups]
     return tables, [table.stage(keys(count), torch.zeros(count, dtype=torch.bool)) for table in tables]

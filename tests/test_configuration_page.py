@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from ccd_train.config import reference
-from ccd_train.config.options import help_texts, option_names
+from ccd_train.config.options import option_names
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
+from ccd_train.config.texts import help_texts
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ccd_train.config import pretraining as config
 from ccd_train.config import recognition as finetuning
 from ccd_train.data.charset import read_charset
-from ccd_train.models.decoding import Words, decode, read
+from ccd_train.models.decoding import DecodedWords, decode, read
 from ccd_train.models.recognizer import Decoder, Recognizer
 
 CHARSET = read_charset("36")
@@ -20,7 +20,7 @@ END, PADDING = CHARSET.end, CHARSET.padding
 def recognizer() -> Recognizer:
     torch.manual_seed(5)
     model = config.Model(width=16, depth=2, heads=2)
-    sizes = finetuning.Recognizer(layers=2, width=32, heads=4, hidden=16, encoder_hidden=16, length=12)
+    sizes = finetuning.ReadingHead(layers=2, width=32, heads=4, hidden=16, encoder_hidden=16, length=12)
     return Recognizer(model, sizes, CHARSET.classes).eval()
 
 
@@ -40,19 +40,19 @@ def memory() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def words(decoder: Decoder, memory: Tensor) -> Words:
+def words(decoder: Decoder, memory: Tensor) -> DecodedWords:
     with torch.no_grad():
         return decode(decoder, memory)
 
 
 @pytest.fixture(scope="module")
-def lengths(words: Words) -> Tensor:
+def lengths(words: DecodedWords) -> Tensor:
     """Tokens of each word, its end among them."""
     return (words.tokens != PADDING).sum(dim=1)
 
 
 @torch.no_grad()
-def without_cache(decoder: Decoder, memory: Tensor) -> Words:
+def without_cache(decoder: Decoder, memory: Tensor) -> DecodedWords:
     """Every token from the whole word so far, computed anew; no early end."""
     tokens = torch.full((len(memory), 1), END)
     confidences = torch.empty(len(memory), 0)
@@ -63,7 +63,7 @@ def without_cache(decoder: Decoder, memory: Tensor) -> Words:
         confidences = torch.cat([confidences, torch.where(ended, 1.0, confidence)[:, None]], dim=1)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
         ended |= token == END
-    return Words(tokens[:, 1:], confidences)
+    return DecodedWords(tokens[:, 1:], confidences)
 
 
 def steps(decoder: Decoder, memory: Tensor) -> int:
@@ -81,13 +81,13 @@ def test_the_words_of_these_tests_differ(decoder: Decoder, lengths: Tensor) -> N
     assert lengths.max() == decoder.length
 
 
-def test_equal_to_decoding_without_a_cache(decoder: Decoder, memory: Tensor, words: Words) -> None:
+def test_equal_to_decoding_without_a_cache(decoder: Decoder, memory: Tensor, words: DecodedWords) -> None:
     plain = without_cache(decoder, memory)
     assert torch.equal(words.tokens, plain.tokens)
     assert torch.allclose(words.confidences, plain.confidences, atol=1e-5)
 
 
-def test_a_word_is_the_same_in_any_batch(decoder: Decoder, memory: Tensor, words: Words) -> None:
+def test_a_word_is_the_same_in_any_batch(decoder: Decoder, memory: Tensor, words: DecodedWords) -> None:
     for index in range(4):
         with torch.no_grad():
             alone = decode(decoder, memory[index : index + 1])
@@ -108,13 +108,13 @@ def test_stopping_early_changes_nothing(decoder: Decoder, memory: Tensor, length
     assert torch.equal(early.confidences, late.confidences)
 
 
-def test_confidences_are_probabilities_and_one_after_the_end(words: Words) -> None:
+def test_confidences_are_probabilities_and_one_after_the_end(words: DecodedWords) -> None:
     assert ((words.confidences > 0) & (words.confidences <= 1)).all()
     assert (words.confidences[words.tokens == PADDING] == 1).all()
     assert (words.confidences[words.tokens != PADDING] < 1).all()
 
 
-def test_nothing_follows_the_end_but_padding(words: Words) -> None:
+def test_nothing_follows_the_end_but_padding(words: DecodedWords) -> None:
     for row in words.tokens.tolist():
         after = row[row.index(END) + 1 :] if END in row else []
         assert set(after) <= {PADDING}

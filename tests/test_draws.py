@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from photometric_reference import hashed
 from torch import Tensor
 
 from ccd_train import draws
-from ccd_train.augment.photometric.reference import hashed
 
 WORDS = st.integers(-(2**63), 2**63 - 1)
 GOLDEN_KEYS = [484692998028658458, 8474303559968977115]

@@ -13,8 +13,9 @@ from test_engine import small, stage_file
 from torch import Tensor
 
 from ccd_train.config.pretraining import Config
-from ccd_train.tasks.pretrain.run import begin
-from ccd_train.tasks.pretrain.step import train_step
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.run import begin
+from ccd_train.training.train import train_step
 
 MOMENTUM = 0.9995
 STEPS = 20
@@ -39,27 +40,27 @@ class Followed:
 
 
 def follow(config: Config) -> Followed:
-    run = begin(config)
-    names = {name for name, _ in run.teacher.network.named_parameters()}
+    run = begin(Pretraining(config))
+    names = {name for name, _ in run.task.teacher.network.named_parameters()}
     fragments = [fragment for fragment in run.engine.fragments if fragment.name in names]
     first = [fragment.master.clone() for fragment in fragments]
     expected = [master.clone() for master in first]
     in_bf16 = [master.bfloat16() for master in first]
     for _ in range(STEPS):
-        momentum = run.rates().momentum
+        momentum = run.task.rates().momentum
         train_step(run, logged=False)
         for average, fragment in zip(expected, fragments, strict=True):
             average.lerp_(fragment.master, 1 - momentum)
         for average, fragment in zip(in_bf16, fragments, strict=True):
             average.lerp_(fragment.master.bfloat16(), 1 - momentum)
-    state = run.teacher.state_dict()
+    state = run.task.teacher.state_dict()
     pieces = [state[f.name].view(-1)[f.start : f.start + len(f.master)] for f in fragments]
-    run.teacher.ready()
+    run.task.teacher.ready()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run.teacher.update(1.0)
-        run.teacher.ready()
+        run.task.teacher.update(1.0)
+        run.task.teacher.ready()
     collectives = [event.name for event in profile.events() if event.name.startswith("c10d::")]
-    kind = next(run.teacher.network.parameters()).dtype
+    kind = next(run.task.teacher.network.parameters()).dtype
     run.close()
     return Followed(*map(torch.cat, (first, expected, pieces, in_bf16)), kind, collectives)
 

@@ -19,9 +19,10 @@ from ccd_train.config.options import from_dict
 from ccd_train.config.pretraining import Config
 from ccd_train.errors import TrainingError, UserError
 from ccd_train.models import ccd
-from ccd_train.tasks.pretrain.run import Run, begin
-from ccd_train.tasks.pretrain.step import losses_of, train_step
+from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training.engine import parameter_groups
+from ccd_train.training.run import Run, begin
+from ccd_train.training.train import train_step
 
 SMALL: dict[str, Any] = {
     "model": {
@@ -49,7 +50,7 @@ def stage_file(folder: Path, stage: int, **more: Any) -> str:
     return str(path)
 
 
-def steps(run: Run, count: int) -> list[dict[str, float]]:
+def steps(run: Run[Pretraining], count: int) -> list[dict[str, float]]:
     return [train_step(run, logged=True).figures for _ in range(count)]
 
 
@@ -57,8 +58,8 @@ def several(configs: list[Config], count: int) -> list[tuple[list[dict[str, floa
     """Figures, teacher and centre after `count` steps of each run, one after the other in the same processes."""
     results = []
     for config in configs:
-        run = begin(config)
-        results.append((steps(run, count), run.teacher.state_dict(), run.center.value.clone()))
+        run = begin(Pretraining(config))
+        results.append((steps(run, count), run.task.teacher.state_dict(), run.task.center.value.clone()))
         run.close()
     return results
 
@@ -129,7 +130,7 @@ def test_a_compiled_backbone_gives_the_same_losses(tiny: Tiny, tmp_path: Path, s
 
 
 def gradients_after_clipping(config: Config) -> tuple[Tensor, Tensor]:
-    run = begin(config)
+    run = begin(Pretraining(config))
     for group in run.engine._base.param_groups:
         assert "part" in group
     largest = 0.05
@@ -166,9 +167,9 @@ def test_each_tensor_is_clipped_by_itself(tiny: Tiny, tmp_path: Path, stage: int
 
 def poisoned(config: Config) -> list[tuple[bool, bool, float, int]]:
     """Steps of which the second has an infinite pixel on rank 1 only: what changed, and the counts, after each."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     seen = []
-    augmentation = run.augmentation
+    augmentation = run.task.augmentation
 
     def spoil(*arguments: Any) -> Any:
         views = augmentation(*arguments)
@@ -176,13 +177,13 @@ def poisoned(config: Config) -> list[tuple[bool, bool, float, int]]:
             views.regular[0, 0, 0, 0] = torch.inf
         return views
 
-    run.augmentation = spoil  # type: ignore[assignment]
+    run.task.augmentation = spoil  # type: ignore[assignment]
     for _ in range(3):
         weights = [fragment.master.clone() for fragment in run.engine.fragments]
-        teacher, center = run.teacher.state_dict(), run.center.value.clone()
+        teacher, center = run.task.teacher.state_dict(), run.task.center.value.clone()
         figures = train_step(run, logged=False).figures
         same = all(torch.equal(f.master, w) for f, w in zip(run.engine.fragments, weights, strict=True))
-        untouched = equal(teacher, run.teacher.state_dict()) and torch.equal(center, run.center.value)
+        untouched = equal(teacher, run.task.teacher.state_dict()) and torch.equal(center, run.task.center.value)
         seen.append((same, untouched, figures["skipped_steps"], run.progress.samples))
     run.close()
     return seen
@@ -204,15 +205,15 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tiny: Tiny, tmp
 
 
 def always_poisoned(config: Config) -> str:
-    run = begin(config)
-    augmentation = run.augmentation
+    run = begin(Pretraining(config))
+    augmentation = run.task.augmentation
 
     def spoil(*arguments: Any) -> Any:
         views = augmentation(*arguments)
         views.irregular.fill_(torch.nan)
         return views
 
-    run.augmentation = spoil  # type: ignore[assignment]
+    run.task.augmentation = spoil  # type: ignore[assignment]
     with pytest.raises(TrainingError) as caught:
         for _ in range(5):
             train_step(run, logged=False)
@@ -222,11 +223,12 @@ def always_poisoned(config: Config) -> str:
 
 def refused_step(config: Config) -> tuple[bool, bool]:
     """Whether a step whose loss alone is not finite is applied, and whether it leaves the masters as they were."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     steps(run, 2)
     before = [fragment.master.clone() for fragment in run.engine.fragments]
     batch = next(run.batches)
-    losses = losses_of(run, batch, run.rates())
+    run.task.begin_step(logged=False)
+    losses = run.task.losses_of(batch)
     run.engine.backward(losses.distillation + losses.segmentation, last=True)
     applied = run.engine.step(finite=False)
     same = all(torch.equal(old, f.master) for old, f in zip(before, run.engine.fragments, strict=True))
@@ -248,11 +250,11 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tiny: Tiny, tmp_path: Path) -> 
 
 def thaw(config: Config) -> tuple[list[float], list[float]]:
     """How far the prototypes and the rest moved in each step, at most, in units of the learning rate."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     moved: tuple[list[float], list[float]] = ([], [])
     for _ in range(8):
         weights = [fragment.master.clone() for fragment in run.engine.fragments]
-        lr = run.rates().lr
+        lr = run.task.rates().lr
         train_step(run, logged=False)
         distance = [0.0, 0.0]
         for fragment, before in zip(run.engine.fragments, weights, strict=True):

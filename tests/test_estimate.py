@@ -25,8 +25,9 @@ from ccd_train.config.pretraining import Config, Model
 from ccd_train.errors import UserError
 from ccd_train.models import budget
 from ccd_train.models.ccd import Student, Teacher
-from ccd_train.tasks.pretrain.run import begin
-from ccd_train.tasks.pretrain.step import train_step
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.run import begin
+from ccd_train.training.train import train_step
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 ODD = Model(
@@ -38,7 +39,7 @@ BATCH = 3
 
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_small", "vit_base", "vit_nano", "odd"])
 def test_parameters_are_exact(name: str) -> None:
-    model = ODD if name == "odd" else read_recipe(Config, name).model
+    model = ODD if name == "odd" else read_recipe(name, Config).model
     with torch.device("meta"):
         student, teacher = Student(model), Teacher(model)
     parts = budget.parameters(model)
@@ -96,7 +97,7 @@ def test_kept_activations_are_near(characters: int) -> None:
 
 def held(config: Config) -> int:
     """The most bytes that the floating-point tensors of this process take when the optimiser is about to step."""
-    run, most = begin(config), 0
+    run, most = begin(Pretraining(config)), 0
 
     def look(*_: object) -> None:
         nonlocal most
@@ -154,7 +155,9 @@ class Launches(TorchDispatchMode):
 def launches(tiny: Tiny, folder: Path, depths: tuple[int, ...]) -> list[int]:
     counts = []
     for depth in depths:
-        run = begin(small(tiny, folder / str(depth), model={"depth": depth}, train={"micro_batch_size": 16}))
+        run = begin(
+            Pretraining(small(tiny, folder / str(depth), model={"depth": depth}, train={"micro_batch_size": 16}))
+        )
         train_step(run, logged=False)
         train_step(run, logged=False)
         with Launches() as counter:
@@ -164,8 +167,8 @@ def launches(tiny: Tiny, folder: Path, depths: tuple[int, ...]) -> list[int]:
     return counts
 
 
-def settings(*arguments: str) -> estimate.Settings:
-    return parse(estimate.Settings, ["--config", "vit_small", *arguments], "test")
+def settings(*arguments: str) -> estimate.EstimateSettings:
+    return parse(estimate.EstimateSettings, ["--config", "vit_small", *arguments], "test")
 
 
 def test_a_larger_batch_is_faster_per_image_and_more_gpus_never_slower() -> None:
@@ -221,5 +224,5 @@ def test_the_tables_of_the_page_are_those_of_the_command() -> None:
     commands = re.findall(r"^    (ccd-train estimate .*--table)$", page, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        options = parse(estimate.Settings, command.split()[2:], "test")
+        options = parse(estimate.EstimateSettings, command.split()[2:], "test")
         assert estimate.table(options) in page, f"run {command} again and paste its table"

@@ -18,8 +18,8 @@ from ccd_train.commands.evaluate import Result
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
 from ccd_train.reports import benchmarks
-from ccd_train.reports.benchmarks import GROUPS, PUBLISHED, Words, find_sets, other_size
-from ccd_train.tasks.recognize.scoring import RULES, same, score, similarity
+from ccd_train.reports.benchmarks import GROUPS, PUBLISHED, BenchmarkWords, find_sets, other_size
+from ccd_train.tasks.recognize.scoring import RULES, same, similarity
 from ccd_train.weights.recognizer import FILE, Trained
 
 CODE = "<script>alert('é')</script>"
@@ -132,7 +132,7 @@ def test_a_hash_is_of_the_words_and_not_of_the_file(images: list[bytes], tmp_pat
         with LmdbWriter(tmp_path / name) as writer:
             for image, label in zip(images, labels, strict=False):
                 writer.add(image, label, extra)
-        found = Words(tmp_path / name)
+        found = BenchmarkWords(tmp_path / name)
         assert len(list(found)) == sum(label is not None for label in labels)
         return found.hash
 
@@ -222,8 +222,7 @@ def test_similarity_is_one_less_the_normalised_edit_distance() -> None:
     assert similarity("kitten", "sitting", "all") == pytest.approx(1 - 3 / 7)
     assert similarity("Kit-ten", "kitten", "lower_alnum") == 1
     assert similarity("", "!", "case") == 1, "nothing is compared with nothing"
-    assert score([("a", "a"), ("b", "abc")], "all").similarity == pytest.approx((1 + 1 / 3) / 2)
-    assert score([("a", "a"), ("b", "abc")], "all").accuracy == 0.5
+    assert similarity("b", "abc", "all") == pytest.approx(1 / 3)
 
 
 def test_labels_of_which_nothing_is_left_are_said(
@@ -337,7 +336,7 @@ def test_what_was_read_is_printed_even_if_it_cannot_be_kept(
 
 
 def test_weights_that_are_replaced_while_they_are_read_are_refused(tmp_path: Path) -> None:
-    class Racing(evaluate.Options):
+    class Racing(evaluate.EvaluateOptions):
         def open(self) -> Trained:
             trained = super().open()
             words.write(tmp_path, words.small(seed=4))
@@ -346,7 +345,7 @@ def test_weights_that_are_replaced_while_they_are_read_are_refused(tmp_path: Pat
     words.write(tmp_path)
     with pytest.raises(UserError, match="was replaced while it was read"):
         evaluate.open_known(Racing(weights=tmp_path))
-    _, _, sha256 = evaluate.open_known(evaluate.Options(weights=tmp_path))
+    _, _, sha256 = evaluate.open_known(evaluate.EvaluateOptions(weights=tmp_path))
     assert sha256 == hashlib.sha256((tmp_path / FILE).read_bytes()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ccd_train.commands import export, probe
 from ccd_train.errors import UserError
 from ccd_train.models.ccd import Teacher
+from ccd_train.tasks.pretrain.weights import TEACHER, open_weights, read_weights
 from ccd_train.training import checkpoint
 from ccd_train.weights import backbone as weights
 
@@ -47,7 +48,7 @@ def run_dir(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_is_exported_from_its_newest_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     assert export.main(["--weights", str(run_dir), "--out", str(tmp_path)]) == 0
-    expected = checkpoint.read_weights(run_dir / "checkpoints" / "step_00000003")
+    expected = read_weights(run_dir / "checkpoints" / "step_00000003")
     for network in weights.NETWORKS:
         found = load_file(tmp_path / f"{network}.safetensors")
         assert found.keys() == expected[network].keys()
@@ -64,7 +65,7 @@ def test_without_a_place_it_goes_into_the_run_folder(run_dir: Path) -> None:
 
 def test_a_step_of_a_run_is_exported(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main([str(run_dir), "--step", "2", "--out", str(tmp_path)]) == 0
-    expected = checkpoint.read_weights(run_dir / "checkpoints" / "step_00000002")
+    expected = read_weights(run_dir / "checkpoints" / "step_00000002")
     for network in weights.NETWORKS:
         found = load_file(tmp_path / f"{network}.safetensors")
         assert all(torch.equal(tensor, expected[network][name]) for name, tensor in found.items())
@@ -94,8 +95,8 @@ def test_one_source_is_enough(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_an_older_checkpoint_can_be_named(run_dir: Path) -> None:
-    older = checkpoint.open_weights(run_dir / "checkpoints" / "step_00000002")
-    newer = checkpoint.open_weights(run_dir)
+    older = open_weights(run_dir / "checkpoints" / "step_00000002")
+    newer = open_weights(run_dir)
     assert older.model == newer.model
     assert not torch.equal(older.student["vit.norm.weight"], newer.student["vit.norm.weight"])
     assert newer.teacher.keys() < newer.student.keys()
@@ -106,7 +107,7 @@ def test_a_run_goes_out_in_the_official_layout_and_comes_back(run_dir: Path, tmp
     with pytest.raises(UserError, match="--lossy"):
         export.main(["--weights", str(run_dir), "--out", str(path)])
     assert export.main(["--weights", str(run_dir), "--out", str(path), "--lossy"]) == 0
-    back, run = weights.read(path, heads=2), checkpoint.open_weights(run_dir)
+    back, run = weights.read(path, heads=2), open_weights(run_dir)
     for name, tensor in run.teacher.items():
         if name != weights.EMBEDDING:
             assert torch.equal(back.teacher[name], tensor), name
@@ -117,8 +118,8 @@ def test_the_backbone_alone_is_read_in_three_lines(run_dir: Path, tmp_path: Path
     path = tmp_path / "vit.safetensors"
     assert export.main(["--weights", str(run_dir), "--format", "backbone", "--out", str(path)]) == 0
     vit = weights.read_backbone(path)
-    teacher = Teacher(checkpoint.open_weights(run_dir).model)
-    teacher.load_state_dict(checkpoint.open_weights(run_dir).teacher)
+    teacher = Teacher(open_weights(run_dir).model)
+    teacher.load_state_dict(open_weights(run_dir).teacher)
     images = torch.randn(2, 3, 32, 128)
     with torch.no_grad():
         tokens, taps = vit(images)
@@ -183,15 +184,15 @@ def test_a_run_is_probed(run_dir: Path, tiny: Tiny, capsys: pytest.CaptureFixtur
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        checkpoint.open_weights(tmp_path)
+        open_weights(tmp_path)
 
 
 def test_a_fine_tuning_before_its_first_validation_is_no_pretraining(run_dir: Path, tmp_path: Path) -> None:
     found = tmp_path / "checkpoints" / "step_00000003"
     shutil.copytree(run_dir / "checkpoints" / "step_00000003", found)
-    (found / checkpoint.TEACHER).unlink()
+    (found / TEACHER).unlink()
     files = json.loads((found / checkpoint.COMPLETE).read_text())
-    del files[checkpoint.TEACHER]
+    del files[TEACHER]
     (found / checkpoint.COMPLETE).write_text(json.dumps(files))
     with pytest.raises(UserError, match="no teacher, so no pretraining"):
         export.main(["--weights", str(tmp_path)])

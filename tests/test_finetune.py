@@ -30,12 +30,15 @@ from ccd_train.data.charset import read_charset
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.words import open_words
 from ccd_train.errors import UserError
-from ccd_train.tasks.pretrain import run
-from ccd_train.tasks.pretrain import step as pretrain
-from ccd_train.tasks.recognize import run as tuning
+from ccd_train.models.recognizer import Recognizer
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.tasks.pretrain.weights import open_weights
 from ccd_train.tasks.recognize.reading import Reader
-from ccd_train.tasks.recognize.step import remarks, train, train_step, validate
+from ccd_train.tasks.recognize.start import BACKBONE
+from ccd_train.tasks.recognize.task import BEST, Recognition
 from ccd_train.training import checkpoint
+from ccd_train.training.run import begin
+from ccd_train.training.train import train, train_step
 from ccd_train.weights import backbone as weights
 from ccd_train.weights import recognizer as recognizers
 from data_tools.words import render
@@ -77,10 +80,10 @@ def written(folder: Path, labels: int, seed: int = 5) -> Path:
 
 
 def learn(config: FineTuning) -> tuple[bool, float]:
-    found = tuning.begin(config)
+    found = begin(Recognition(config))
     finished = train(found, None)
     found.close()
-    return finished, found.progress.best
+    return finished, found.task.best.score
 
 
 def test_it_learns_to_read(tiny: Tiny, tmp_path: Path) -> None:
@@ -111,9 +114,9 @@ def several(configs: list[FineTuning], count: int) -> list[list[dict[str, float]
     """Figures of some steps of each run, and of a validation, one after the other in the same processes."""
     results = []
     for config in configs:
-        found = tuning.begin(config)
-        results.append([train_step(found).figures for _ in range(count)])
-        results[-1].append(validate(found))
+        found = begin(Recognition(config))
+        results.append([train_step(found, logged=True).figures for _ in range(count)])
+        results[-1].append(found.task.validate())
         found.close()
     return results
 
@@ -195,17 +198,17 @@ def starts(configs: list[FineTuning]) -> list[dict[str, Tensor]]:
     """The weights with which runs begin."""
     results = []
     for config in configs:
-        found = tuning.begin(config)
+        found = begin(Recognition(config))
         results.append({name: value.detach().clone() for name, value in found.engine.student.state_dict().items()})
         found.close()
     return results
 
 
 def pretrain_a_step(config: Any, folder: Path) -> None:
-    found = run.begin(config)
-    pretrain.train_step(found, logged=False)
+    found = begin(Pretraining(config))
+    train_step(found, logged=False)
     found.save()
-    weights.write_export(folder, checkpoint.open_weights(found.run_dir), {})
+    weights.write_export(folder, open_weights(found.run_dir), {})
     found.close()
 
 
@@ -224,13 +227,13 @@ def test_init_takes_the_teachers_backbone(tiny: Tiny, tmp_path: Path) -> None:
     charset = read_charset("DICT90")
     first = tuned(tiny, tmp_path / "run")
     torch.manual_seed(7)
-    network = tuning.Recognizer(first.model, first.recognizer, charset.classes)
+    network = Recognizer(first.model, first.recognizer, charset.classes)
     ours = recognizers.Trained(first.model, first.recognizer, charset, network.state_dict(), {}, "a test")
     recognizers.write(tmp_path / "recognizer" / recognizers.FILE, ours)
     configs = [tuned(tiny, tmp_path / f"run{i}", init=str(path), **more) for i, (path, more) in enumerate(inits)]
     (found,) = run_ranks(1, starts, configs)
     for begun, (path, more) in zip(found[:3], inits[:3], strict=True):
-        teacher = checkpoint.open_weights(path, 2 if more else None).teacher
+        teacher = open_weights(path, 2 if more else None).teacher
         backbone = [name for name in begun if name.startswith("vit.")]
         assert len(backbone) > 30 and all(torch.equal(begun[name], teacher[name]) for name in backbone), path
     whole = recognizers.read(GOLDEN / "recognizer_official_layout.pth", None, 2, 4)
@@ -243,7 +246,7 @@ def refusals(configs: list[FineTuning]) -> list[str]:
     for config in configs:
         try:
             config.check()
-            tuning.begin(config).close()
+            begin(Recognition(config)).close()
             messages.append("")
         except UserError as error:
             messages.append(str(error))
@@ -287,12 +290,12 @@ def two_lives(config: FineTuning) -> list[tuple[int, int, bool, str]]:
     """Of each its last step, that of its newest checkpoint, whether it finished, and what is said of that."""
     ends = []
     for _ in range(2):
-        found = tuning.begin(config)
+        found = begin(Recognition(config))
         finished = train(found, None)
         saved = checkpoint.newest(found.run_dir)
         found.close()
         assert saved is not None
-        ends.append((found.progress.step, checkpoint.step_of(saved), finished, remarks(found)))
+        ends.append((found.progress.step, checkpoint.step_of(saved), finished, found.task.remarks()))
     return ends
 
 
@@ -311,11 +314,11 @@ def pieces(whole: FineTuning, cut: FineTuning) -> list[tuple[int, float, int]]:
     found = []
     for config, lives in ((whole, [6]), (cut, range(1, 7))):
         for last in lives:
-            run = tuning.begin(replace(config, max_steps=last))
+            run = begin(Recognition(replace(config, max_steps=last)))
             train(run, None)
             run.close()
-            assert (run.run_dir / tuning.BEST).exists()
-        found.append((run.progress.step, run.progress.best, run.progress.stale))
+            assert (run.run_dir / BEST).exists()
+        found.append((run.progress.step, run.task.best.score, run.task.best.stale))
     return found
 
 
@@ -336,15 +339,15 @@ def resumed(configs: list[FineTuning]) -> list[tuple[float, str]]:
     """The kept accuracy of each life, and what it says of its first weights; its export is damaged afterwards."""
     seen = []
     for config in configs:
-        run = tuning.begin(config)
-        seen.append((run._kept, run.progress.init))
+        run = begin(Recognition(config))
+        seen.append((run.task.best.kept, run.task.init))
         if len(seen) == 1:
-            train_step(run)
-            run.judge(0.5)
+            train_step(run, logged=True)
+            run.task.judge(0.5)
             run.save()
         run.close()
         if len(seen) == 2:
-            os.truncate(run.run_dir / tuning.BEST, 100)
+            os.truncate(run.run_dir / BEST, 100)
     return seen
 
 
@@ -359,24 +362,24 @@ def measures(configs: list[FineTuning], broken: Path) -> tuple[list[tuple[float,
     """Best and kept accuracy of three lives; and a validation on words of which some images cannot be read."""
     seen = []
     for number, config in enumerate(configs):
-        run = tuning.begin(config)
+        run = begin(Recognition(config))
         if number == 0:
-            train_step(run)
-            run.judge(0.5)
+            train_step(run, logged=True)
+            run.task.judge(0.5)
             run.save()
             shutil.rmtree(run.run_dir / "export")
             (run.run_dir / "export").write_text("in the way, as a full disk is")
-            run.judge(0.75)
+            run.task.judge(0.75)
             (run.run_dir / "export").unlink()
-            run.judge(0.75)
-        seen.append((run.progress.best, run._kept))
+            run.task.judge(0.75)
+        seen.append((run.task.best.score, run.task.best.kept))
         run.close()
-    run = tuning.begin(replace(configs[0], run_dir=configs[0].run_dir / "other"))  # type: ignore[operator]
-    run.valid, _ = open_words([broken], run.charset, 25, option="data.valid")
+    run = begin(Recognition(replace(configs[0], run_dir=configs[0].run_dir / "other")))  # type: ignore[operator]
+    run.task.valid, _ = open_words([broken], run.task.charset, 25, option="data.valid")
     for fragment in run.engine.fragments:
         if fragment.name == "decoder.classifier.bias":
-            fragment.master.data[run.charset.end] = 100.0  # every word is read as nothing
-    figures = validate(run)
+            fragment.master.data[run.task.charset.end] = 100.0  # every word is read as nothing
+    figures = run.task.validate()
     run.close()
     return seen, figures
 
@@ -396,16 +399,16 @@ def test_a_best_is_the_best_by_one_measure(tiny: Tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipes(FineTuning) if name.startswith("recognizer_")])
 def test_recipes_are_possible_and_fit_a_pretraining(name: str) -> None:
-    config = replace(read_recipe(FineTuning, name), run_dir=Path("run"), init=Path("scratch"))
-    theirs = read_recipe(Config, name.replace("recognizer", "vit")).model
-    for size in (*tuning.BACKBONE, "initial_std", "contrast_std", "drop_path"):
+    config = replace(read_recipe(name, FineTuning), run_dir=Path("run"), init=Path("scratch"))
+    theirs = read_recipe(name.replace("recognizer", "vit"), Config).model
+    for size in (*BACKBONE, "initial_std", "contrast_std", "drop_path"):
         assert getattr(config.model, size) == getattr(theirs, size)
     replace(config, data=replace(config.data, train=(Path("a"),), valid=(Path("b"),))).check()
 
 
 def test_the_recipe_is_the_official_one() -> None:
     """Dino/configs/CCD_vision_model_ARD.yaml of the official code, with 2.78 M words in an epoch."""
-    config = read_recipe(FineTuning, "recognizer_small")
+    config = read_recipe("recognizer_small", FineTuning)
     assert config == FineTuning()
     assert (config.optimizer.lr, config.optimizer.final_lr, config.optimizer.weight_decay) == (5e-4, 1e-6, 0.05)
     assert config.train.total_samples == 35 * config.optimizer.warmup_samples == 35 * 2_780_000

@@ -13,12 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ccd_train.augment.affine import Affine
-from ccd_train.augment.geometry import compose, map_points, normalize, sample_theta, warp_images, warp_masks
+from ccd_train.augment.geometry import compose, normalize, sample_theta, warp_images, warp_masks
 from ccd_train.errors import UserError
 
 HEIGHT, WIDTH = 32, 128
 SIZES = torch.tensor([[48, 160], [20, 50], [31, 250], [64, 64]])  # native (height, width)
 ALWAYS = Affine(probability=1.0)
+
+
+def map_points(points: Tensor, theta: Tensor, height: int, width: int) -> Tensor:
+    """Where points [B, N, 2] (x, y), in pixels of the H×W input, land in the output: [B, N, 2] in pixels."""
+    half = torch.tensor([width, height], dtype=torch.float64, device=points.device) / 2
+    normalized = (points.double() + 0.5) / half - 1
+    linear, offset = theta[:, :, :2].double(), theta[:, :, 2].double()
+    landed = torch.bmm(normalized - offset[:, None, :], torch.linalg.inv(linear).transpose(1, 2))
+    return (landed + 1).mul(half).sub(0.5)
 
 
 def thetas(count: int, affine: Affine = ALWAYS) -> Tensor:

@@ -21,9 +21,10 @@ from ccd_train.config.options import from_dict, to_dict
 from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
 from ccd_train.tasks.pretrain import health
-from ccd_train.tasks.pretrain.run import begin
-from ccd_train.tasks.pretrain.step import train
+from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training.metrics import Metrics
+from ccd_train.training.run import begin
+from ccd_train.training.train import train
 from launch.status import describe
 
 PROTOTYPES = 32
@@ -57,7 +58,7 @@ def settings(changes: dict[str, Any]) -> dict[str, Any]:
 def live(configs: list[Config]) -> None:
     """The real loop, one run after the other in one process."""
     for config in configs:
-        run = begin(config)
+        run = begin(Pretraining(config))
         metrics = Metrics(run.run_dir, 0, run.last_step)
         assert train(run, metrics)
         metrics.close()

@@ -6,6 +6,7 @@ Read from the source by ast, so that an import inside a function counts as well.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,8 +33,10 @@ FLOORS = (
     {"reports"},
     {"commands"},
 )
-TASKS = ({"pretrain"}, {"recognize"})  # in order: a later one may build on an earlier one
-BESIDE_THE_ROOMS, LINES = 8, 400
+TASKS = ({"pretrain"}, {"recognize"}, {"choice"})  # in order: a later one may build on an earlier one
+BESIDE_THE_ROOMS, LINES, FUNCTION_LINES = 8, 400, 60
+# what DeepSpeed calls of `training.engine.Files`
+CALLED_BY_LIBRARIES = {"create", "makedirs", "is_data_parallel_writer", "is_decoupled", "preserves_storage_sharing"}
 
 
 def modules() -> list[str]:
@@ -119,7 +122,7 @@ def test_training_names_no_head_of_a_network() -> None:
     """What is trained tells the loop and the engine what it needs: they ask nobody which task runs."""
     for module in (module for module in modules() if module.startswith("ccd_train.training")):
         text = source(module).read_text(encoding="utf-8").lower()
-        found = [word for word in ("prototype", "segmentation", "recogni") if word in text]
+        found = [word for word in ("prototype", "segmentation", "recogni", "teacher", "center") if word in text]
         assert not found, f"{module}: {found}"
 
 
@@ -131,6 +134,57 @@ def test_the_verbs_are_the_files_of_commands() -> None:
 @pytest.mark.parametrize("module", [module for module in modules() if module.startswith("ccd_train")])
 def test_a_module_is_not_long(module: str) -> None:
     assert len(source(module).read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_function_fits_on_a_screen(module: str) -> None:
+    functions = [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES]
+    assert not long
+
+
+def test_no_two_public_classes_bear_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module in (module for module in modules() if module.startswith("ccd_train")):
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def public(module: str) -> Iterator[str]:
+    """The names that a module offers: its functions, classes, constants, and the methods of its classes."""
+    for node in tree(module).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (part.name for part in node.body if isinstance(part, ast.FunctionDef))
+        if isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+@cache
+def mentioned() -> frozenset[str]:
+    """Every name that the packages use, and every word in the pages for users."""
+    names: set[str] = set()
+    for module in modules():
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            elif isinstance(node, ast.alias):
+                names.add(node.name)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                names.add(node.value)
+    pages = [CHECKOUT / "README.md", CHECKOUT / "setup.py", *(CHECKOUT / "docs").glob("*.md")]
+    return frozenset(names | {word for page in pages for word in re.findall(r"\w+", page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize("module", modules())
+def test_nothing_public_is_there_for_tests_only(module: str) -> None:
+    used = mentioned() | CALLED_BY_LIBRARIES
+    assert not [name for name in public(module) if not name.startswith("_") and name not in used]
 
 
 def test_imports_have_no_cycle() -> None:

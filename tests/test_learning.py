@@ -26,8 +26,9 @@ from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_im
 from ccd_train.data.records import LmdbWriter
 from ccd_train.models.ccd import Student
 from ccd_train.models.regions import label_regions, pool
-from ccd_train.tasks.pretrain.run import Run, begin
-from ccd_train.tasks.pretrain.step import train_step
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.run import Run, begin
+from ccd_train.training.train import train_step
 from data_tools import convert
 from data_tools.words import render
 
@@ -49,7 +50,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Words:
+class ProbeWords:
     """Fixed words, and what is true of them."""
 
     images_u8: Tensor
@@ -86,7 +87,7 @@ pytestmark = pytest.mark.slow  # about two minutes
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Words, Path]:
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProbeWords, Path]:
     """The first 64 rendered words whose pseudo-mask has an IoU of 0.85 with the truth, and their shards."""
     folder = tmp_path_factory.mktemp("words")
     images: list[np.ndarray] = []
@@ -112,14 +113,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Words, Path]:
     )
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     stacked = (torch.from_numpy(np.stack(masks)) for masks in (pseudo, truth))
-    return Words(pixels, next(stacked), next(stacked).bool()), folder / "shards"
+    return ProbeWords(pixels, next(stacked), next(stacked).bool()), folder / "shards"
 
 
 @torch.no_grad()
-def state(run: Run, words: Words) -> State:
+def state(run: Run[Pretraining], words: ProbeWords) -> State:
     inputs = words.images_u8.float()
     normalize(inputs)
-    student, teacher = run.engine.student, run.teacher.ready()
+    student, teacher = run.engine.student, run.task.teacher.ready()
     student.eval()
     _, taps = student.vit(inputs)  # type: ignore[operator]
     background, text = student.segmentation(taps).unbind(dim=1)  # type: ignore[operator]
@@ -131,10 +132,10 @@ def state(run: Run, words: Words) -> State:
     return State(overlaps(text > background, words.truth).mean().item(), rank.item())
 
 
-def learn(config: Config, words: Words) -> Learnt:
+def learn(config: Config, words: ProbeWords) -> Learnt:
     """In a process of its own: DeepSpeed and the process group stay there."""
     distributed.initialize(config.distributed.timeout)
-    run = begin(config)
+    run = begin(Pretraining(config))
     before = state(run, words)
     figures = [train_step(run, logged=True).figures for _ in range(STEPS)]
     after = state(run, words)
@@ -144,7 +145,7 @@ def learn(config: Config, words: Words) -> Learnt:
 
 
 @pytest.fixture(scope="module")
-def learnt(words: tuple[Words, Path], tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+def learnt(words: tuple[ProbeWords, Path], tmp_path_factory: pytest.TempPathFactory) -> Learnt:
     config = from_dict(Config, SETTINGS, "test")
     config = replace(config, run_dir=tmp_path_factory.mktemp("run"), data=replace(config.data, shards=(words[1],)))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

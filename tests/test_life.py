@@ -18,7 +18,7 @@ from ccd_train.config.options import to_dict
 from ccd_train.config.run import identity
 from ccd_train.errors import OccupiedError, UserError
 from ccd_train.training.life import Stop, claim, environment
-from ccd_train.training.run import conclude
+from ccd_train.training.train import conclude
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ccd_train.config.pretraining import Data
-from ccd_train.data.batches import Batch, Reader
+from ccd_train.data.batches import Batch, BatchReader
 from ccd_train.data.loader import Batches, Share, loader, sample_order
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.data.order import Mixture, Order
@@ -37,10 +37,11 @@ def corpus(tiny: Tiny) -> Corpus:
 
 
 def load(corpus: Corpus, start: int = 0, end: int = 3 * 240, **options: object) -> Batches:
-    settings: dict[str, object] = {"global_batch_size": GLOBAL, "rank": 0, "world_size": 1, "workers": 0}
-    settings |= {"micro_batch_size": MICRO[int(options.get("world_size", 1))]} | options  # type: ignore[call-overload]
-    order = settings.pop("order", Order(corpus.shard_samples, 5, 2))
-    return loader(corpus, order, start_position=start, end_position=end, **settings)  # type: ignore[arg-type]
+    rank, world_size = int(options.pop("rank", 0)), int(options.pop("world_size", 1))  # type: ignore[call-overload]
+    whole = int(options.pop("batch", 0))  # type: ignore[call-overload]
+    share = Share(start, end, whole or GLOBAL, whole or MICRO[world_size], rank, world_size)
+    order = options.pop("order", Order(corpus.shard_samples, 5, 2))
+    return loader(corpus, order, share, **{"workers": 0} | options)  # type: ignore[arg-type]
 
 
 def steps(corpus: Corpus, start: int, end: int, world_size: int, workers: int = 0) -> list[list[int]]:
@@ -218,11 +219,11 @@ def test_a_file_system_that_comes_back_is_waited_for(tmp_path: Path, tiny: Tiny,
     hidden = away.paths[0].with_suffix(".hidden")
     away.paths[0].rename(hidden)
     with pytest.raises(TrainingError, match="cannot be read"):
-        Reader(away, order, "otsu", patience=(0.01,)).batch(0, 240, 240)
+        BatchReader(away, order, "otsu", patience=(0.01,)).batch(0, 240, 240)
     back = threading.Timer(0.2, hidden.rename, (away.paths[0],))
     back.start()
-    batch = Reader(away, order, "otsu", patience=(0.5, 2.0)).batch(0, 240, 240)
-    assert equal(batch, Reader(corpus, order, "otsu").batch(0, 240, 240))
+    batch = BatchReader(away, order, "otsu", patience=(0.5, 2.0)).batch(0, 240, 240)
+    assert equal(batch, BatchReader(corpus, order, "otsu").batch(0, 240, 240))
 
 
 def test_excluded_samples_never_come(tmp_path: Path, tiny: Tiny, corpus: Corpus) -> None:
@@ -233,7 +234,7 @@ def test_excluded_samples_never_come(tmp_path: Path, tiny: Tiny, corpus: Corpus)
     write_exclusions(tmp_path / "exclude.jsonl", banned)
     rest = Corpus.open(tiny.shards, exclude=tmp_path / "exclude.jsonl")
     assert rest.num_samples == 237 and rest.hash != corpus.hash
-    with load(rest, end=237 * 2, global_batch_size=79, micro_batch_size=79, with_labels=True) as batches:
+    with load(rest, end=237 * 2, batch=79, with_labels=True) as batches:
         found = list(batches)
     assert Counter(i for batch in found for i in batch.sample_ids.tolist()) == dict.fromkeys(range(237), 2)
     forbidden = {entry.key for entry in banned}
@@ -250,7 +251,7 @@ def test_corpora_are_joined_or_mixed_by_weight(tiny: Tiny, tmp_path: Path) -> No
     assert np.array_equal(np.sort(joined.at(0, 480).sample_ids), np.arange(480))
     mixed = sample_order(both, Data(shards=folders, window_shards=2, weights=(3.0, 1.0)), 0)
     assert isinstance(mixed, Mixture)
-    with load(both, end=14_400, order=mixed, global_batch_size=1440, micro_batch_size=1440) as batches:
+    with load(both, end=14_400, order=mixed, batch=1440) as batches:
         ids = torch.cat([next(batches).sample_ids for _ in range(2)])
     assert 0.7 < float((ids < 240).float().mean()) < 0.8
     assert int(torch.bincount(ids[ids < 240]).min()) >= 8  # 2,160 draws: every sample of the first about 9 times
@@ -258,13 +259,12 @@ def test_corpora_are_joined_or_mixed_by_weight(tiny: Tiny, tmp_path: Path) -> No
 
 TRAINER = """
 import sys, time
-from ccd_train.data.loader import loader
+from ccd_train.data.loader import Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.shards import Corpus
 import multiprocessing
 corpus = Corpus.open(sys.argv[1])
-batches = loader(corpus, Order(corpus.shard_samples, 5, 2), start_position=0, end_position=10**9, global_batch_size=8,
-                 micro_batch_size=8, rank=0, world_size=1, workers=2)
+batches = loader(corpus, Order(corpus.shard_samples, 5, 2), Share(0, 10**9, 8, 8, 0, 1), workers=2)
 next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 if sys.argv[2] == "exit":

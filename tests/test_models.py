@@ -89,7 +89,7 @@ def test_the_small_student_has_46_million_parameters() -> None:
 
 @pytest.mark.parametrize(("recipe", "sizes"), [("vit_tiny", (192, 3)), ("vit_small", (384, 6)), ("vit_base", (512, 8))])
 def test_recipes_build(recipe: str, sizes: tuple[int, int]) -> None:
-    model = read_recipe(Config, recipe).model
+    model = read_recipe(recipe, Config).model
     assert (model.width, model.heads) == sizes
     with torch.device("meta"):
         student = Student(model)

@@ -67,7 +67,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_the_order_of_this_version_never_changes() -> None:
-    """A run that began years ago goes on in the same order. If this must change, raise `order.VERSION` with it."""
+    """A run that began years ago goes on in the same order: this must not change."""
     order = Order(np.array([4, 3, 5]), 7, 2)
     assert order.at(0, 12).sample_ids.tolist() == [7, 1, 10, 8, 2, 11, 3, 0, 9, 4, 6, 5]
     mixed = Mixture([Order(np.array([4]), 7, 1), Order(np.array([5]), 7, 1, 1, 4)], [1, 3], 7)

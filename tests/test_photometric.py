@@ -7,14 +7,15 @@ from functools import cache
 
 import cv2
 import numpy as np
+import photometric_reference as reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ccd_train.augment.photometric import blur, noise, reference
-from ccd_train.augment.photometric.chain import OPERATIONS, Stage, Table, parameters
+from ccd_train.augment.photometric import blur, noise
+from ccd_train.augment.photometric.chain import OPERATIONS, ChainStage, Table, parameters
 from ccd_train.augment.photometric.weather import WAVES, smooth
 from ccd_train.augment.severities import CHAINS, RANGES, WHOLE, Chain, Group
 from ccd_train.data.masks import decode_rgb, resize_image
@@ -37,14 +38,14 @@ def stack(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
 
 
-def drawn(name: str, count: int = WORDS, ranges: dict[str, tuple[float, float]] | None = None) -> Stage:
+def drawn(name: str, count: int = WORDS, ranges: dict[str, tuple[float, float]] | None = None) -> ChainStage:
     """What `count` samples draw of one operation, which all of them draw."""
     keys = sample_keys(1, torch.zeros(count, dtype=torch.int64), torch.arange(count))
     chain = Chain(groups=(Group("alone", 1.0, {name: 1.0}),), ranges=ranges or {})
     return Table(chain, chain.groups[0]).stage(keys, torch.zeros(count, dtype=torch.bool))
 
 
-def run(name: str, images: Tensor, stage: Stage, rows: slice = slice(None)) -> Tensor:
+def run(name: str, images: Tensor, stage: ChainStage, rows: slice = slice(None)) -> Tensor:
     values = stage.parameters[rows, : len(parameters(name)), None, None, None].unbind(1)
     return OPERATIONS[name](images[rows].clone(), stage.seeds[rows], *values)
 
@@ -53,7 +54,7 @@ def grey(images: Tensor) -> Tensor:
     return images.round().clamp(0, 255)
 
 
-def referred(name: str, stage: Stage) -> Tensor:
+def referred(name: str, stage: ChainStage) -> Tensor:
     results = [
         reference.apply(name, image, reference.hashed(seed), *row[: len(parameters(name))])
         for image, seed, row in zip(words(), stage.seeds.tolist(), stage.parameters.tolist(), strict=True)
@@ -246,6 +247,6 @@ def test_smooth_noise_fills_its_range_and_gets_smoother_with_the_exponent() -> N
 @pytest.mark.parametrize("name", ALL)
 def test_a_gpu_agrees_with_the_cpu(name: str) -> None:
     stage, images = drawn(name), stack(words())
-    on_gpu = Stage(stage.order, stage.seeds.cuda(), stage.parameters.cuda(), stage.slices)
+    on_gpu = ChainStage(stage.order, stage.seeds.cuda(), stage.parameters.cuda(), stage.slices)
     difference = (grey(run(name, images.cuda(), on_gpu).cpu()) - grey(run(name, images, stage))).abs()
     assert (difference <= 1).float().mean() >= 0.995

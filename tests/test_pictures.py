@@ -89,9 +89,9 @@ def test_the_gallery_of_words(text: bool) -> None:
     if text:
         masks[:, 4:28, 10:22] = masks[:, 4:28, 40:52] = 1
     vit = VisionTransformer(16, 3, 2, taps=(1, 2, 3)).train()
-    sheets = gallery.draw(vit, gallery.words(images, masks))
+    sheets = gallery.draw(vit, gallery.fixed_words(images, masks))
     assert vit.training
     assert set(sheets) == {"patches", "neighbours"}
     assert all(sheet.dtype == np.uint8 and sheet.shape[2] == 3 for sheet in sheets.values())
-    again = gallery.draw(vit, gallery.words(images, masks))
+    again = gallery.draw(vit, gallery.fixed_words(images, masks))
     assert all(np.array_equal(sheets[name], again[name]) for name in sheets)

@@ -21,7 +21,7 @@ from conftest import Tiny
 from ccd_train.commands import export
 from ccd_train.data.masks import decode_rgb, resize_image
 from ccd_train.errors import UserError
-from ccd_train.models.decoding import Words
+from ccd_train.models.decoding import DecodedWords
 from ccd_train.weights import portable
 from ccd_train.weights import recognizer as recognizers
 
@@ -43,10 +43,10 @@ def crops(tiny: Tiny) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def live(folder: Path, crops: np.ndarray) -> Words:
+def live(folder: Path, crops: np.ndarray) -> DecodedWords:
     whole = portable.Whole(recognizers.read(folder).network())
     with torch.no_grad():
-        return Words(*whole(torch.from_numpy(crops)))
+        return DecodedWords(*whole(torch.from_numpy(crops)))
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,12 @@ def spelt(tokens: Any, description: dict[str, Any]) -> list[str]:
     return texts
 
 
-def test_the_live_model_takes_pixels_as_the_reader_does(live: Words, tiny: Tiny) -> None:
+def test_the_live_model_takes_pixels_as_the_reader_does(live: DecodedWords, tiny: Tiny) -> None:
     expected = words.texts(words.small(), words.images(tiny.lmdb, 5))
     assert spelt(live.tokens, portable.describe(words.small())) == expected
 
 
-def test_torchscript_reads_without_this_package(folder: Path, crops: np.ndarray, live: Words) -> None:
+def test_torchscript_reads_without_this_package(folder: Path, crops: np.ndarray, live: DecodedWords) -> None:
     path = folder / "recognizer.pt"
     assert export.main(["--weights", str(folder), "--format", "torchscript", "--out", str(path)]) == 0
     np.save(folder / "crops.npy", crops)
@@ -104,7 +104,9 @@ def test_torchscript_holds_nothing_that_stays_on_one_device(folder: Path, tmp_pa
 
 @needs_onnx
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_onnxruntime_reads_batches_of_any_size(onnx_file: Path, crops: np.ndarray, live: Words, batch: int) -> None:
+def test_onnxruntime_reads_batches_of_any_size(
+    onnx_file: Path, crops: np.ndarray, live: DecodedWords, batch: int
+) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
@@ -114,7 +116,7 @@ def test_onnxruntime_reads_batches_of_any_size(onnx_file: Path, crops: np.ndarra
 
 
 @needs_onnx
-def test_an_onnx_model_describes_itself(onnx_file: Path, live: Words, tiny: Tiny) -> None:
+def test_an_onnx_model_describes_itself(onnx_file: Path, live: DecodedWords, tiny: Tiny) -> None:
     import onnx
     import onnxruntime
 

@@ -16,6 +16,7 @@ from conftest import Tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_engine import SMALL
 
+from ccd_train.tasks.pretrain.weights import read_weights
 from ccd_train.training import checkpoint
 
 
@@ -139,7 +140,7 @@ def test_init_starts_from_the_weights_of_another_run(tiny: Tiny, recipe: str, ru
     arguments += ["--model.initial_std", "0.05", "--model.contrast_std", "0.1"]  # of a beginning that does not come
     result = pretrain(*arguments, "--init", str(run), "--optimizer.freeze_last_layer_samples", "0")
     assert result.returncode == 0, result.stderr
-    mine, theirs = (checkpoint.read_weights(found) for found in map(checkpoint.newest, (new, run)) if found)
+    mine, theirs = (read_weights(found) for found in map(checkpoint.newest, (new, run)) if found)
     trained = [name for name in theirs["student"] if "running" not in name]
     assert all(torch.equal(mine["student"][name], theirs["student"][name]) for name in trained)
     (line,) = (new / "metrics.jsonl").read_text().splitlines()

@@ -19,7 +19,7 @@ from ccd_train.errors import UserError
 from ccd_train.models.regions import label_regions
 from ccd_train.models.vit import VisionTransformer
 from ccd_train.tasks.pretrain import probe
-from ccd_train.training import checkpoint
+from ccd_train.tasks.pretrain.weights import open_weights
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
 COLORS = 8
@@ -30,7 +30,7 @@ def vit() -> VisionTransformer:
     return VisionTransformer(32, 2, 2)
 
 
-def painted(told: bool) -> probe.Words:
+def painted(told: bool) -> probe.ProbeWords:
     """120 words of five bars; a bar's colour tells its letter, or (not told) has nothing to do with it."""
     random = np.random.default_rng(0)
     images, masks, labels = [], [], []
@@ -46,7 +46,7 @@ def painted(told: bool) -> probe.Words:
         masks.append(mask)
         labels.append("".join("ABDEFGHN"[letter] for letter in letters))
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return probe.Words(pixels, label_regions(torch.from_numpy(np.stack(masks))), tuple(labels), 150)
+    return probe.ProbeWords(pixels, label_regions(torch.from_numpy(np.stack(masks))), tuple(labels), 150)
 
 
 def test_what_the_features_hold_is_found() -> None:
@@ -155,7 +155,7 @@ def test_export_needs_no_run_to_be_opened_by_the_probe(tmp_path: Path) -> None:
     words = painted(told=True)
     scores = []
     for path, heads in ((OFFICIAL, 2), (tmp_path, None)):
-        found = checkpoint.open_weights(path, heads)
+        found = open_weights(path, heads)
         network = command.Teacher(found.model)
         command.load(network, found.teacher, found.origin)
         scores.append(probe.probe(network.vit, words))

@@ -44,7 +44,7 @@ def test_from_nothing_to_a_run_that_went_on() -> None:
     assert re.search(r"going on from .*step_000000[67]\d", text)
     assert steps_of(run_dir) == list(range(5, 121, 5))
     assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "finished"
-    assert (run_dir / "pictures/loss.png").stat().st_size > 1000
+    assert (run_dir / "report.html").stat().st_size > 1000
     assert list((run_dir / "tensorboard").glob("events.*"))
 
 

@@ -17,7 +17,7 @@ from ccd_train.models.recognizer import Recognizer, grid_sinusoids, recognition_
 
 CHARSET = read_charset("DICT90")
 MODEL = config.Model(width=16, depth=2, heads=2, drop_path=0.2)
-SIZES = finetuning.Recognizer(layers=2, width=16, heads=2, hidden=8, encoder_hidden=12, dropout=0.2)
+SIZES = finetuning.ReadingHead(layers=2, width=16, heads=2, hidden=8, encoder_hidden=12, dropout=0.2)
 WORDS = ("Street", "a", "12:30", "")
 
 
@@ -99,7 +99,10 @@ def test_dropout_depends_on_the_keys_and_not_on_the_batch(recognizer: Recognizer
 
 def test_without_dropout_training_is_evaluation() -> None:
     """So the attention that is written out for dropout is the fused one."""
-    model, sizes = config.Model(width=16, depth=1, heads=2, drop_path=0.0), finetuning.Recognizer(2, 16, 2, 8, 12, 1e-9)
+    model, sizes = (
+        config.Model(width=16, depth=1, heads=2, drop_path=0.0),
+        finetuning.ReadingHead(2, 16, 2, 8, 12, 1e-9),
+    )
     torch.manual_seed(0)
     recognizer = Recognizer(model, sizes, CHARSET.classes)
     trained = recognizer(images(), targets(), keys())
@@ -183,4 +186,4 @@ def test_nothing_but_parameters_is_saved(place_codes: bool) -> None:
 )
 def test_impossible_sizes_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        finetuning.Recognizer(**changes).check()  # type: ignore[arg-type]
+        finetuning.ReadingHead(**changes).check()  # type: ignore[arg-type]

@@ -23,17 +23,18 @@ from ccd_train.config.pretraining import Config
 from ccd_train.drawing import charts
 from ccd_train.errors import UserError
 from ccd_train.reports.history import read_history, read_lives
-from ccd_train.tasks.pretrain.run import begin
-from ccd_train.tasks.pretrain.step import train
+from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training.life import write_outcome
 from ccd_train.training.metrics import Metrics
+from ccd_train.training.run import begin
+from ccd_train.training.train import train
 
 SHARP = {"distillation": {"teacher_momentum": 0.8}}
 
 
 def live(configs: list[Config]) -> None:
     for config in configs:
-        run = begin(config)
+        run = begin(Pretraining(config))
         metrics = Metrics(run.run_dir, run.progress.step, run.last_step)
         train(run, metrics)
         metrics.close()

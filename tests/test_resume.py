@@ -26,10 +26,12 @@ from torch import Tensor
 from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
 from ccd_train.files import write_file
-from ccd_train.tasks.pretrain.run import Run, begin
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.tasks.pretrain.weights import open_weights, read_weights
 from ccd_train.training import checkpoint
 from ccd_train.training.engine import read_file
 from ccd_train.training.life import Stop, lock
+from ccd_train.training.run import Run, begin
 
 TIMES = {"samples_per_second", "data_wait", "time"}
 
@@ -150,18 +152,18 @@ def test_the_time_limit_ends_it_as_unfinished(tiny: Tiny, recipe: Path, tmp_path
 
 def save_and_go_on(config: Config) -> tuple[list[dict[str, float]], dict[str, Any], Any]:
     """5 steps, a checkpoint, and 4 more steps that are lost."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     steps(run, 5)
     run.save()
-    kept = run.teacher.state_dict(), run.center.value.clone()
+    kept = run.task.teacher.state_dict(), run.task.center.value.clone()
     after = steps(run, 4)
     run.close()
     return after, *kept
 
 
 def restore(config: Config) -> tuple[list[dict[str, float]], dict[str, Any], Any]:
-    run = begin(config)
-    kept = run.teacher.state_dict(), run.center.value.clone()
+    run = begin(Pretraining(config))
+    kept = run.task.teacher.state_dict(), run.task.center.value.clone()
     after = steps(run, 4)
     run.close()
     return after, *kept
@@ -210,36 +212,36 @@ def test_weights_read_from_disk_are_the_live_ones(tiny: Tiny, tmp_path: Path, st
 
 
 def live_and_read(config: Config) -> tuple[Any, Any, Any]:
-    run = begin(config)
+    run = begin(Pretraining(config))
     steps(run, 3)
     run.save()
     masters = [(fragment.name, fragment.start, fragment.master.clone()) for fragment in run.engine.fragments]
     found = checkpoint.newest(run.run_dir)
     assert found is not None
     run.close()
-    return masters, run.teacher.state_dict(), checkpoint.read_weights(found)
+    return masters, run.task.teacher.state_dict(), read_weights(found)
 
 
-def gains(run: Run) -> dict[str, Tensor]:
+def gains(run: Run[Pretraining]) -> dict[str, Tensor]:
     """The frozen gain as student and teacher read it back from disk."""
     found = checkpoint.newest(run.run_dir)
     assert found is not None
-    return {name: part["projection.prototypes.gain"] for name, part in checkpoint.read_weights(found).items()}
+    return {name: part["projection.prototypes.gain"] for name, part in read_weights(found).items()}
 
 
 def frozen_gains(start: Config, stages: list[Config]) -> tuple[Tensor, list[tuple[str, dict[str, Tensor], Tensor]]]:
     """Gains that were trained, then frozen by another run that moves from stage to stage: read back, and live."""
-    run = begin(start)
+    run = begin(Pretraining(start))
     steps(run, 3)
     run.save()
     run.close()
     trained, seen = gains(run)["student"], []
     for config in stages:
-        run = begin(config)
+        run = begin(Pretraining(config))
         steps(run, 1)
         run.save()
         run.close()
-        live = dict(run.teacher.network.named_parameters())["projection.prototypes.gain"].detach().clone()
+        live = dict(run.task.teacher.network.named_parameters())["projection.prototypes.gain"].detach().clone()
         seen.append((str(config.deepspeed), gains(run), live))
     return trained, seen
 
@@ -260,7 +262,7 @@ def test_frozen_gains_move_along(tiny: Tiny, tmp_path: Path) -> None:
 
 def after_a_move(config: Config) -> dict[str, Any]:
     """What the traps of DeepSpeed's universal format would leave wrong."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     count = [state["step"] for state in run.engine._base.state.values()]
     before = [float(step) for step in count]
     steps(run, 1)
@@ -317,7 +319,7 @@ def test_a_step_is_set_aside_as_often_as_it_is_damaged(tmp_path: Path) -> None:
 
 def saves_in_the_way(config: Config) -> tuple[list[str], list[str | None]]:
     """Names after saving a step that lies there in half, and the problems of saves whose writing breaks off."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     half = run.run_dir / "checkpoints" / checkpoint.step_name(1)
     half.mkdir(parents=True)
     steps(run, 1)
@@ -341,7 +343,7 @@ def test_a_damaged_checkpoint_that_is_named_itself_is_refused(tmp_path: Path) ->
     complete(folder)
     (folder / "state.json").write_bytes(b"[]")
     with pytest.raises(UserError, match=r"damaged .state\.json has changed"):
-        checkpoint.open_weights(folder)
+        open_weights(folder)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -353,7 +355,7 @@ def test_half_a_step_is_set_aside_and_a_save_that_breaks_off_is_none(tiny: Tiny,
 
 def before_the_first_update(config: Config) -> tuple[set[str], bool]:
     """A checkpoint in which no step was applied, read back as a whole."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     run.save()
     found = checkpoint.newest(run.run_dir)
     assert found is not None

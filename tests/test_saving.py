@@ -21,11 +21,12 @@ from test_engine import small, stage_file, steps
 from ccd_train import distributed
 from ccd_train.config.pretraining import Config
 from ccd_train.errors import FAILED, TrainingError
-from ccd_train.tasks.pretrain.run import begin
-from ccd_train.tasks.pretrain.step import train
+from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training import checkpoint
 from ccd_train.training.life import write_outcome
 from ccd_train.training.metrics import Metrics
+from ccd_train.training.run import begin
+from ccd_train.training.train import train
 
 MEGABYTE = 1 << 20
 
@@ -47,7 +48,7 @@ def listed(run_dir: Path) -> list[str]:
 
 def on_a_bad_disk(config: Config) -> dict[str, Any]:
     """Saves where rank 1 alone may not write, where the disk is full, and where it is read-only."""
-    run, lines, seen = begin(config), Lines(), {}
+    run, lines, seen = begin(Pretraining(config)), Lines(), {}
     checkpoints = run.run_dir / "checkpoints"
     logging.getLogger("ccd_train").addHandler(lines)
 
@@ -115,7 +116,7 @@ def test_a_disk_that_fails_leaves_the_last_good_checkpoint(tiny: Tiny, tmp_path:
 
 def behind_the_steps(config: Config) -> tuple[list[str], list[str], float]:
     """A training whose checkpoint folder vanishes on the way."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     run.last_step = 9
     train(run, None)
     distributed.barrier()  # rank 0 removes old ones

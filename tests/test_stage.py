@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from ccd_train.data.loader import Batches, loader
+from ccd_train.data.loader import Batches, Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.shards import Corpus
 from ccd_train.data.stage import Stage
@@ -35,9 +35,8 @@ def order_of(corpus: Corpus) -> Order:
 
 
 def load(corpus: Corpus, stage: Path | None, **options: object) -> Batches:
-    settings: dict[str, object] = {"start_position": 0, "end_position": 480, "rank": 0, "world_size": 1, "workers": 0}
-    settings |= {"global_batch_size": 48, "micro_batch_size": 48, "stage": stage} | options
-    return loader(corpus, order_of(corpus), **settings)  # type: ignore[arg-type]
+    settings = {"workers": 0, "stage": stage} | options
+    return loader(corpus, order_of(corpus), Share(0, 480, 48, 48, 0, 1), **settings)  # type: ignore[arg-type]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -23,7 +23,7 @@ from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
 from launch.jobs import extra_options, seconds
 from launch.lives import note
-from launch.preflight import check_space, parameters_of
+from launch.preflight import check_space
 from launch.script import array, directive, render
 from launch.status import describe
 from launch.submit import read
@@ -105,7 +105,7 @@ def test_the_script_asks_for_what_the_run_needs(tiny: Tiny, tmp_path: Path, caps
         ("run%j", [], "SLURM reads %"),
         ("run", ["--optimizer.lr", "-1"], "optimizer.lr"),
         ("run", ["--deepspeed", "zero9"], "--deepspeed zero9: No such file"),
-        ("run", ["--init", "/nowhere"], "--init /nowhere: no such file or folder"),
+        ("run", ["--init", "/nowhere"], "^/nowhere: no such file or folder"),
         ("run", ["--init", "/dev"], "no weights here"),
         ("run", ["--probe.every-steps", "5", "--probe.data", "/nowhere"], "/nowhere: no such folder"),
         ("run", ["--resume.mode", "must"], "--resume.mode must: no complete checkpoint"),
@@ -155,7 +155,7 @@ def test_a_fine_tuning_is_checked_and_written_likewise(
     assert "verb=finetune" in lines and "nproc=2" in lines and "doctor=no" in lines
     subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
     for more, message in (
-        (["--init", str(tmp_path / "nothing")], "--init .*nothing: no such file"),
+        (["--init", str(tmp_path / "nothing")], "nothing: no such file"),
         (["--data.train", str(tmp_path)], "LMDB"),
         (["--data.charset", "nothing.txt"], "charset"),
         (["--train.global_batch_size", "7"], "not a multiple of 2 ranks"),
@@ -184,7 +184,7 @@ def test_an_existing_run_keeps_its_global_batch(tiny: Tiny, tmp_path: Path) -> N
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path) -> None:
     config = Config(run_dir=tmp_path, checkpoint=Checkpoint(keep=1))
-    check_space(config, parameters_of(config))
+    check_space(config, 10**6)
     with pytest.raises(UserError, match="checkpoints take"):
         check_space(replace(config, checkpoint=Checkpoint(keep=100)), 10**9)
 
@@ -228,7 +228,7 @@ def test_no_array_is_empty_which_bash_before_4_4_takes_for_unset(template: str) 
 
 
 def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
-    config = read_recipe(Config, "vit_nano")
+    config = read_recipe("vit_nano", Config)
     (tmp_path / "config.yaml").write_text(describe_settings(config))
     row = {"step": 40, "samples": 40 * 32, "samples_per_second": 10.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 4')
@@ -249,7 +249,7 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     assert f"{round(left / 60) // 60} h" in text
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"samples_per_second": 0}) + "\n")
     assert "nobody knows how long to step 1875" in describe(tmp_path)
-    (tmp_path / "config.yaml").write_text(describe_settings(read_recipe(FineTuning, "recognizer_nano")))
+    (tmp_path / "config.yaml").write_text(describe_settings(read_recipe("recognizer_nano", FineTuning)))
     assert "step          40" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         describe(tmp_path / "nothing")

@@ -35,7 +35,7 @@ def sheet(path: Path, words: list[str]) -> np.ndarray:
 def test_samples_are_those_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     words = ["--data.shards", str(tiny.shards), "--samples", "5", "--position", "7", "--seed", "3"]
     picture = sheet(tmp_path / "sheet.png", words)
-    batch = views.read(views.parse(views.Settings, [*words, "--out", "x.png"], "ccd-train views"))
+    batch = views.read(views.parse(views.ViewsSettings, [*words, "--out", "x.png"], "ccd-train views"))
     made = Augmentation(Augment(), Affine())(
         batch.images_u8, batch.native_size, sample_keys(3, batch.epochs, batch.sample_ids)
     )
@@ -63,11 +63,9 @@ def test_every_operation_has_a_row(tiny: Tiny, tmp_path: Path) -> None:
     picture = sheet(tmp_path / "each.png", ["--data.shards", str(tiny.shards), "--samples", "4", "--each"])
     assert picture.shape[0] == views.TITLE + (32 + views.GAP + views.TITLE) * len(OPERATIONS) + views.GAP
     different = 0
-    for row, name in enumerate(OPERATIONS):
-        crop, high, reference = (cell(picture, row, column, titled=True) for column in (0, 5, 6))
+    for row in range(len(OPERATIONS)):
+        crop, high = (cell(picture, row, column, titled=True) for column in (0, 3))
         different += not np.array_equal(crop, high)
-        if name not in ("jpeg", "bilateral_blur", "kmeans_colors"):
-            assert np.abs(high.astype(int) - reference).max() <= 1, name
     assert different >= len(OPERATIONS) - 2
 
 

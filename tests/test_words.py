@@ -11,7 +11,7 @@ from crops import REAL, change, crop, write_words
 from ranks import run_ranks
 
 from ccd_train.data.charset import LENGTH, Tally, read_charset
-from ccd_train.data.loader import loader
+from ccd_train.data.loader import Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbWriter
 from ccd_train.data.words import BENCHMARK_SETS, Words, open_words
@@ -80,10 +80,7 @@ def test_labels_ride_with_their_images(tiny: Tiny) -> None:
     words = words_of(tiny.lmdb, fraction=0.5)[0]
     order = Order(words.shard_samples, 0, 16)
     count, known = words.num_samples, content(words)
-    with loader(
-        words, order, start_position=0, end_position=count, global_batch_size=count, micro_batch_size=count,
-        rank=0, world_size=1, workers=0, with_labels=True,
-    ) as batches:  # fmt: skip
+    with loader(words, order, Share(0, count, count, count, 0, 1), workers=0, with_labels=True) as batches:
         batch = next(batches)
     read = [words.read(0, row, ("image", "label"))[1] for row in batch.sample_ids.tolist()]
     assert [label.decode() for label in read if label] == list(batch.labels)
@@ -95,10 +92,7 @@ def test_a_missing_image_is_replaced_and_counted(tmp_path: Path) -> None:
     change(tmp_path / "words", {"image-000000002": None})
     words = words_of(tmp_path)[0]
     order = Order(words.shard_samples, 0, 16)
-    with loader(
-        words, order, start_position=0, end_position=3, global_batch_size=3, micro_batch_size=3,
-        rank=0, world_size=1, workers=0, with_labels=True,
-    ) as batches:  # fmt: skip
+    with loader(words, order, Share(0, 3, 3, 3, 0, 1), workers=0, with_labels=True) as batches:
         batch = next(batches)
     assert len(batch.replaced) == 1 and len(batch.damaged) == 1 and "words 000000002: " in batch.damaged[0]
     assert "wörd2" not in batch.labels

@@ -35,9 +35,9 @@ from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import RunConfig
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.errors import FINISHED
-from ccd_train.tasks.pretrain.step import live as live_pretraining
-from ccd_train.tasks.recognize.step import live as live_finetuning
+from ccd_train.tasks.choice import task_of
 from ccd_train.training.life import write_outcome
+from ccd_train.training.train import live
 from data_tools.words import Word, find_fonts, render
 from launch import submit
 
@@ -201,7 +201,7 @@ def pretraining(words: list[str]) -> int:
     config = miniature(typed)
     stage = None if config.data.stage is None else Path("stage").resolve()
     config = replace(config, data=replace(config.data, stage=stage))
-    return lived(config, *live_pretraining(config))
+    return lived(config, *live(task_of(config)))
 
 
 def finetuning(words: list[str]) -> int:
@@ -210,7 +210,7 @@ def finetuning(words: list[str]) -> int:
     typed = parse(FineTuning, words, "test")
     typed.check()
     config = miniature(typed)
-    return lived(config, *live_finetuning(config))
+    return lived(config, *live(task_of(config)))
 
 
 def lived(config: RunConfig, code: int, message: str) -> int:

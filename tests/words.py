@@ -16,7 +16,7 @@ from ccd_train.weights import recognizer as recognizers
 from ccd_train.weights.recognizer import Trained
 
 MODEL = config.Model(width=16, depth=1, heads=2)
-SIZES = finetuning.Recognizer(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=4, place_codes=True)
+SIZES = finetuning.ReadingHead(layers=1, width=16, heads=2, hidden=8, encoder_hidden=8, length=4, place_codes=True)
 
 
 def small(charset: str = "62", seed: int = 3) -> Trained:

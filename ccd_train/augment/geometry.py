@@ -86,15 +86,6 @@ def warp_masks(masks: Tensor, theta: Tensor) -> Tensor:
     return warp_images(masks[:, None].to(theta.dtype), theta)[:, 0] > WARPED
 
 
-def map_points(points: Tensor, theta: Tensor, height: int, width: int) -> Tensor:
-    """Where points [B, N, 2] (x, y), in pixels of the H×W input, land in the output: [B, N, 2] in pixels."""
-    half = torch.tensor([width, height], dtype=torch.float64, device=points.device) / 2
-    normalized = (points.double() + 0.5) / half - 1
-    linear, offset = theta[:, :, :2].double(), theta[:, :, 2].double()
-    landed = torch.bmm(normalized - offset[:, None, :], _inverse(linear).transpose(1, 2))
-    return (landed + 1).mul(half).sub(0.5)
-
-
 def _inverse(matrices: Tensor) -> Tensor:
     """Of [B, 2, 2]. torch's own waits for the device, to look for singular ones; there are none here."""
     (a, b), (c, d) = (row.unbind(-1) for row in matrices.unbind(-2))

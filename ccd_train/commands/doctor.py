@@ -30,7 +30,8 @@ from ccd_train.config.pretraining import Config
 from ccd_train.config.run import Resume
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import FINISHED, TrainingError, UserError
-from ccd_train.tasks.pretrain.step import live
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.train import live
 
 MEGABYTE = 10**6
 SHARED_MEMORY_PER_RANK = 64 * MEGABYTE  # NCCL's buffers between the GPUs of a node; Docker gives 64 MB in all
@@ -42,6 +43,14 @@ WOULD_FAIL = 1
 PACKAGES = {name: name for name in ("torch", "deepspeed", "numpy", "webdataset", "lmdb", "safetensors")}
 PACKAGES |= {"opencv-python": "cv2"}
 """Those that matter, and the module of each."""
+
+
+@dataclass(frozen=True)
+class Examined(Config):
+    """A pretraining run, and the machines on which it is about to run."""
+
+    nodes: bool = False
+    """Show what was found on every node, not only on this one and on those where a run would fail."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,9 @@ def one_step(config: Config) -> list[Finding]:
     remove(folder)  # a doctor that was killed left it
     began = time.monotonic()
     try:
-        live(replace(config, run_dir=folder, max_steps=1, resume=Resume()))  # whatever the run folder holds
+        live(
+            Pretraining(replace(config, run_dir=folder, max_steps=1, resume=Resume()))
+        )  # whatever the run folder holds
     except (UserError, TrainingError) as error:
         return [Finding("one step", str(error), "see there", fatal=True)]
     finally:
@@ -212,13 +223,13 @@ def table(host: str, findings: list[Finding]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    config = parse(Config, [word for word in argv if word != "--nodes"], "ccd-train doctor")
+    config = parse(Examined, argv, "ccd-train doctor")
     mine = versions() + accelerators() + limits() + disks(config)
     distributed.initialize(config.distributed.timeout)
     mine += all_reduce()
     hosts = dict(distributed.gather_objects((socket.gethostname(), mine)))
     talks = distributed.rank() == 0
-    shown = hosts if "--nodes" in argv else {socket.gethostname(): mine}
+    shown = hosts if config.nodes else {socket.gethostname(): mine}
     failing = {host: findings for host, findings in hosts.items() if any(finding.fatal for finding in findings)}
     if talks:
         print("\n".join(table(host, findings) for host, findings in (shown | failing).items()), flush=True)

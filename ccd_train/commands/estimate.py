@@ -25,7 +25,7 @@ HEAD = ("GPUs", "global batch", "images/s", "per GPU", "of the peak", "the run",
 
 
 @dataclass(frozen=True)
-class Settings(Config):
+class EstimateSettings(Config):
     """A pretraining run and the machines for it. The settings of the run are those of `ccd-train pretrain`."""
 
     gpus: int = 8
@@ -74,7 +74,7 @@ class Estimate:
         return self.global_batch / self.seconds.step
 
 
-def estimate(settings: Settings, gpus: int) -> Estimate:
+def estimate(settings: EstimateSettings, gpus: int) -> Estimate:
     """Of a run with these settings on so many GPUs."""
     train, gpu = settings.train, GPUS[settings.gpu]
     accumulation = 1
@@ -105,13 +105,13 @@ def estimate(settings: Settings, gpus: int) -> Estimate:
     )
 
 
-def _stage(settings: Settings) -> int:
+def _stage(settings: EstimateSettings) -> int:
     """The ZeRO stage of the DeepSpeed file; that of the default on GPUs where none is named."""
     _, content = read_deepspeed_file(settings.deepspeed or "zero1_bf16")
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
-def table(settings: Settings) -> str:
+def table(settings: EstimateSettings) -> str:
     """Markdown, a row for each number of GPUs."""
     rows = [HEAD, ("---:",) * (len(HEAD) - 1) + ("---",)]
     for gpus in SIZES:
@@ -131,7 +131,7 @@ def table(settings: Settings) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def describe(settings: Settings) -> str:
+def describe(settings: EstimateSettings) -> str:
     """Everything about one number of GPUs, a line each."""
     model, gpu, found = settings.model, GPUS[settings.gpu], estimate(settings, settings.gpus)
     parts = budget.parameters(model)
@@ -160,7 +160,7 @@ def describe(settings: Settings) -> str:
     return "\n".join(f"{name:12}{text}" for name, text in lines)
 
 
-def _memory(settings: Settings) -> list[tuple[str, str]]:
+def _memory(settings: EstimateSettings) -> list[tuple[str, str]]:
     """Per ZeRO stage and GPU, with the largest micro-batch that fits."""
     model, gpu, batch = settings.model, GPUS[settings.gpu], settings.train.micro_batch_size
     image = budget.activation_bytes(model, settings.characters, "bf16")
@@ -178,7 +178,7 @@ def _memory(settings: Settings) -> list[tuple[str, str]]:
     return lines
 
 
-def _advice(settings: Settings, found: Estimate) -> str:
+def _advice(settings: EstimateSettings, found: Estimate) -> str:
     batch = settings.train.micro_batch_size
     if found.seconds.bottleneck == "launches":
         busy = (found.seconds.matrix + found.seconds.memory) / found.seconds.launches
@@ -189,7 +189,7 @@ def _advice(settings: Settings, found: Estimate) -> str:
 
 
 def main(argv: list[str]) -> int:
-    settings = parse(Settings, argv, "ccd-train estimate")
+    settings = parse(EstimateSettings, argv, "ccd-train estimate")
     settings.check()
     print(table(settings) if settings.table else describe(settings))
     return 0

@@ -28,16 +28,16 @@ from ccd_train.reports import mistakes
 from ccd_train.reports.benchmarks import (
     GROUPS,
     PUBLISHED,
+    BenchmarkWords,
     Set,
     Word,
-    Words,
     find_sets,
     other_size,
     refuse_unusable,
     twice,
 )
 from ccd_train.reports.mistakes import Mistake
-from ccd_train.tasks.recognize.reading import Reader, Reading, Source
+from ccd_train.tasks.recognize.reading import Reader, Reading, RecognizerSource
 from ccd_train.tasks.recognize.scoring import MEANING, RULES, same, similarity
 from ccd_train.weights import recognizer
 from ccd_train.weights.recognizer import Trained
@@ -46,7 +46,7 @@ Rule = Literal["lower_alnum", "case", "all"]
 
 
 @dataclass(frozen=True)
-class Options(Source):
+class EvaluateOptions(RecognizerSource):
     """Word accuracy on benchmarks."""
 
     data: Path | None = None
@@ -99,7 +99,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Average:
+class AverageRow:
     name: str
     sets: tuple[str, ...]
     words: int
@@ -113,7 +113,7 @@ class Average:
 
 def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: int) -> tuple[Result, list[Mistake]]:
     """Reads a set; its result and its worst errors, the worst first. Raises UserError if it has no labels."""
-    words = Words(chosen.path)
+    words = BenchmarkWords(chosen.path)
     count = correct = unreadable = empty = beyond = 0
     total = 0.0
     worst: list[Mistake] = []
@@ -138,7 +138,7 @@ def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: in
 
 
 def evaluate_all(
-    reader: Reader, chosen: Sequence[Set], options: Options
+    reader: Reader, chosen: Sequence[Set], options: EvaluateOptions
 ) -> tuple[list[tuple[Set, Result, list[Mistake]]], UserError | None]:
     """What came out on each set, up to the first that turns out to be damaged, and the error of that one."""
     done: list[tuple[Set, Result, list[Mistake]]] = []
@@ -151,7 +151,7 @@ def evaluate_all(
     return done, None
 
 
-def averages(results: Sequence[Result]) -> list[Average]:
+def averages(results: Sequence[Result]) -> list[AverageRow]:
     """Over the usual groups of which all sets are there, and over everything."""
     by_name = {result.name: result for result in results}
     groups = {name: sets for name, sets in GROUPS.items() if all(member in by_name for member in sets)}
@@ -220,7 +220,7 @@ def record(
     }
 
 
-def open_known(options: Options) -> tuple[Trained, Reader, str]:
+def open_known(options: EvaluateOptions) -> tuple[Trained, Reader, str]:
     """The recogniser, ready to read, and the sha256 of the very file that it came from.
 
     A fine-tuning that goes on replaces its best one at any time. UserError where that happened while it was read.
@@ -240,7 +240,7 @@ def open_known(options: Options) -> tuple[Trained, Reader, str]:
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "ccd-train evaluate")
+    options = parse(EvaluateOptions, argv, "ccd-train evaluate")
     options.check()
     assert options.data is not None
     chosen = find_sets(options.data, options.sets)
@@ -291,9 +291,9 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder}: cannot be written ({error}); choose another --out")
 
 
-def _average(name: str, results: Sequence[Result]) -> Average:
+def _average(name: str, results: Sequence[Result]) -> AverageRow:
     words = sum(result.words for result in results)
-    return Average(
+    return AverageRow(
         name,
         tuple(result.name for result in results),
         words,

@@ -19,18 +19,18 @@ checkpoint, or a fine-tuning's best), one checkpoint folder of a run, an export,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from tyro.conf import Positional
 
 from ccd_train.config.options import parse
 from ccd_train.config.run import require
 from ccd_train.errors import FINISHED, UserError
-from ccd_train.tasks.recognize.reading import Source
+from ccd_train.tasks.pretrain.weights import open_weights
+from ccd_train.tasks.recognize.reading import RecognizerSource
 from ccd_train.training import checkpoint
 from ccd_train.weights import backbone, portable, recognizer
+from ccd_train.weights.writing import refuse_unwritable
 
 FORMATS_OF = {  # the formats that are written into a file of this suffix
     ".onnx": ("onnx",),
@@ -42,11 +42,14 @@ RECIPE = ("augment", "affine", "distillation", "optimizer")  # sections that go 
 
 
 @dataclass(frozen=True)
-class Export(Source):
+class Export(RecognizerSource):
     """Write weights for others."""
 
-    source: Positional[Path | None] = None
-    """The same as --weights."""
+    source: Path | None = field(default=None, metadata={"positional": True})
+    """What to export; --weights is another way to say it."""
+    weights: Path | None = None
+    """A run folder (the newest complete checkpoint, or a fine-tuning's best), a checkpoint folder, an export, or an
+    official .pth; of a pretraining or of a recogniser."""
     step: int | None = None
     """The complete checkpoint of this step, of a pretraining's run folder; None: the newest."""
     out: Path | None = None
@@ -106,7 +109,7 @@ def main(argv: list[str]) -> int:
         return _export_recognizer(options)
     if options.format in ("onnx", "torchscript"):
         raise UserError(f"{options.weights}: no recogniser, which --format {options.format} is for; fine-tune it first")
-    found = checkpoint.open_weights(chosen, options.heads)
+    found = open_weights(chosen, options.heads)
     out = options.out or options.weights / "export"
     if options.format == "backbone":
         backbone.write_backbone(out, found.teacher, found.model)
@@ -128,7 +131,7 @@ def _export_recognizer(options: Export) -> int:
     out = options.out or options.weights / "export"
     what, note = f"the recogniser of {trained.origin}, {len(trained.charset.characters)} characters", ""
     if options.format == "onnx":
-        backbone.refuse_unwritable(out)  # not only after minutes of work
+        refuse_unwritable(out)  # not only after minutes of work
     if options.format == "backbone":
         backbone.write_backbone(out, trained.state, trained.model)
         what = f"the ViT of the recogniser of {trained.origin}"

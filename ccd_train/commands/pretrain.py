@@ -11,9 +11,9 @@ from ccd_train.config.pretraining import Config
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "ccd-train pretrain")  # before torch is imported: --help and a refusal are quick
     from ccd_train import distributed
-    from ccd_train.tasks.pretrain.step import live
-    from ccd_train.training.run import conclude
+    from ccd_train.tasks.choice import task_of
+    from ccd_train.training.train import conclude, live
 
     logging.basicConfig(format="%(message)s", level=logging.INFO if distributed.rank() == 0 else logging.WARNING)
     distributed.end_with_launcher()
-    return conclude(config.run_dir, lambda: live(config))
+    return conclude(config.run_dir, lambda: live(task_of(config)))

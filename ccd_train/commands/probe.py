@@ -14,12 +14,14 @@ from ccd_train.config.options import parse
 from ccd_train.config.run import require
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.tasks.pretrain.probe import HELD_OUT, NEIGHBOURS, probe, read_words
-from ccd_train.training.checkpoint import open_weights
+from ccd_train.tasks.pretrain.weights import open_weights
 from ccd_train.weights.backbone import load
 
 
 @dataclass(frozen=True)
-class Options:
+class ProbeOptions:
+    """Classify characters with frozen features."""
+
     weights: Path | None = None
     """A run folder, a checkpoint folder, an export, or an official .pth."""
     data: tuple[Path, ...] = ()
@@ -38,7 +40,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "ccd-train probe")
+    options = parse(ProbeOptions, argv, "ccd-train probe")
     options.check()
     assert options.weights is not None
     cv2.setNumThreads(1)

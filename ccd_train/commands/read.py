@@ -16,22 +16,20 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from tyro.conf import Positional
-
 from ccd_train.config.options import parse
 from ccd_train.data.masks import UndecodableImage
 from ccd_train.errors import FINISHED, REFUSED, UserError
-from ccd_train.tasks.recognize.reading import Reader, Reading, Source
+from ccd_train.tasks.recognize.reading import Reader, Reading, RecognizerSource
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # of images in a folder
 BATCH = 64
 
 
 @dataclass(frozen=True)
-class Options(Source):
+class ReadOptions(RecognizerSource):
     """Read the words in images."""
 
-    images: Positional[tuple[Path, ...]] = field(default=())
+    images: tuple[Path, ...] = field(default=(), metadata={"positional": True})
     """Images, or folders with images in and below them."""
     json: bool = False
     """Print JSON lines, with the confidence of every character."""
@@ -67,7 +65,7 @@ def readings(reader: Reader, paths: list[Path]) -> Iterator[tuple[Path, Reading 
 
 
 def main(argv: list[str]) -> int:
-    options = parse(Options, argv, "ccd-train read")
+    options = parse(ReadOptions, argv, "ccd-train read")
     options.check()
     paths = find_images(options.images)
     unreadable = 0

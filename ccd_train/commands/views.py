@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ccd_train.augment.affine import Affine
-from ccd_train.augment.photometric import reference
 from ccd_train.augment.photometric.chain import OPERATIONS, Table, parameters
 from ccd_train.augment.severities import RANGES, WHOLE, Augment, Chain, Group
 from ccd_train.augment.views import MEAN, STD, Augmentation
@@ -26,7 +25,7 @@ from ccd_train.config.options import parse
 from ccd_train.config.pretraining import Data
 from ccd_train.config.run import require
 from ccd_train.data.batches import Batch
-from ccd_train.data.loader import loader, sample_order
+from ccd_train.data.loader import Share, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.draws import sample_keys
 from ccd_train.errors import FINISHED, UserError
@@ -51,13 +50,13 @@ Picture = np.ndarray
 
 
 @dataclass(frozen=True)
-class Settings:
+class ViewsSettings:
     """A sheet of views."""
 
     out: Path | None = None
     """The PNG to write."""
     each: bool = False
-    """Show every operation by itself, beside what numpy, OpenCV or Pillow make of the same draws."""
+    """Show every operation by itself, at three strengths."""
     samples: int = 12
     """Rows of the sheet."""
     position: int = 0
@@ -81,7 +80,7 @@ class Settings:
 
 
 def main(argv: list[str]) -> int:
-    settings = parse(Settings, argv, "ccd-train views")
+    settings = parse(ViewsSettings, argv, "ccd-train views")
     settings.check()
     assert settings.out is not None
     batch = read(settings)
@@ -94,18 +93,13 @@ def main(argv: list[str]) -> int:
     return FINISHED
 
 
-def read(settings: Settings) -> Batch:
+def read(settings: ViewsSettings) -> Batch:
     """The samples of the sheet, as a run would read them."""
     corpus = Corpus.open(settings.data.shards, settings.data.exclude)
     with loader(
         corpus,
         sample_order(corpus, settings.data, settings.seed),
-        start_position=settings.position,
-        end_position=settings.position + settings.samples,
-        global_batch_size=settings.samples,
-        micro_batch_size=settings.samples,
-        rank=0,
-        world_size=1,
+        Share(settings.position, settings.position + settings.samples, settings.samples, settings.samples, 0, 1),
         workers=0,
         mask_mode=settings.data.mask_mode,
         max_damaged=1.0,
@@ -113,7 +107,7 @@ def read(settings: Settings) -> Batch:
         return next(batches)
 
 
-def samples_sheet(batch: Batch, settings: Settings) -> Picture:
+def samples_sheet(batch: Batch, settings: ViewsSettings) -> Picture:
     """One row per sample. A character, that is a region that both views can pool, has the same colour in both."""
     keys = sample_keys(settings.seed, batch.epochs, batch.sample_ids)
     views = Augmentation(settings.augment, settings.affine)(batch.images_u8, batch.native_size, keys)
@@ -151,20 +145,18 @@ def over(view: Picture, ids: Picture, characters: Picture) -> Picture:
     return np.where(ids[..., None] > 0, shade.clip(0, 255), 0.35 * view).astype(np.uint8)
 
 
-def operations_sheet(batch: Batch, settings: Settings) -> Picture:
-    """One row per operation of all chains: a crop, ours and the reference's at three strengths."""
-    titles = ["crop", *(f"{strength}{which}" for strength in STRENGTHS for which in ("", ", reference"))]
+def operations_sheet(batch: Batch, settings: ViewsSettings) -> Picture:
+    """One row per operation of all chains: a crop, and what becomes of it at three strengths."""
+    titles = ["crop", *STRENGTHS]
     rows, names = [], []
     for number, name in enumerate(OPERATIONS):
         chosen = number % len(batch.images_u8)
         crop = batch.images_u8[chosen]
         row = [crop.permute(1, 2, 0).numpy()]
         for place in STRENGTHS.values():
-            row += operation(name, crop, strong(settings.augment.resolve(), name, place), settings.seed + number)
+            row.append(operation(name, crop, strong(settings.augment.resolve(), name, place), settings.seed + number))
         rows.append(row)
-        names.append(
-            [name, *(described(name, settings.augment.resolve(), p) for p in STRENGTHS.values() for _ in "12")]
-        )
+        names.append([name, *(described(name, settings.augment.resolve(), p) for p in STRENGTHS.values())])
     return grid(titles, names, rows, settings.scale)
 
 
@@ -187,18 +179,15 @@ def described(name: str, chain: Chain, place: float) -> str:
     return " ".join(f"{narrowed.range(f'{name}.{p}')[0]:.4g}" for p in parameters(name) if f"{name}.{p}" in RANGES)
 
 
-def operation(name: str, image_u8: Tensor, chain: Chain, seed: int) -> list[Picture]:
-    """Our result for an image [3, H, W], and the reference's for the same draws."""
+def operation(name: str, image_u8: Tensor, chain: Chain, seed: int) -> Picture:
+    """What an operation makes of an image [3, H, W]."""
     table = Table(chain, Group("alone", 1.0, {name: 1.0}))
     keys = sample_keys(seed, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     stage = table.stage(keys, torch.zeros(1, dtype=torch.bool))
     count = table.counts[0]
     values = stage.parameters[:, :count, None, None, None].unbind(1)
-    ours = OPERATIONS[name](image_u8[None].float(), stage.seeds, *values).round().clamp(0, 255)[0]
-    draw = reference.hashed(int(stage.seeds[0]))
-    image = np.ascontiguousarray(image_u8.permute(1, 2, 0).numpy())
-    theirs = reference.apply(name, image, draw, *stage.parameters[0, :count].tolist())
-    return [ours.permute(1, 2, 0).numpy().astype(np.uint8), theirs]
+    changed = OPERATIONS[name](image_u8[None].float(), stage.seeds, *values).round().clamp(0, 255)[0]
+    return np.asarray(changed.permute(1, 2, 0).numpy().astype(np.uint8))
 
 
 def pixels(views: Tensor) -> Picture:

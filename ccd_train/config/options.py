@@ -2,82 +2,102 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import tyro
 import yaml
 
+from ccd_train.config import arguments
+from ccd_train.config.texts import help_texts
 from ccd_train.errors import UserError
 
 Settings = TypeVar("Settings")
 
 
-def parse(kind: type[Settings], argv: Sequence[str], program: str) -> Settings:
+def parse(kind: type[Settings], argv: Sequence[str], program: str, *others: type[Settings]) -> Settings:
     """The settings that the command line describes; prints them and ends the program on --print_config and --help.
 
-    Raises UserError for an unknown recipe, key or option and for a value of the wrong type; what is impossible for
-    other reasons is left to the settings' own `check`.
+    A recipe of another task chooses the one of `others` whose task that is. Raises UserError for an unknown recipe, key
+    or option and for a value of the wrong type; what is impossible for other reasons is left to the settings' own
+    `check`.
     """
-    recipe, show, rest = _own_options(kind, argv)
-    base = kind() if recipe is None else read_recipe(kind, recipe)
-    _refuse_unknown_options(kind, rest)
-    complaints = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaints):
-            settings = tyro.cli(kind, args=list(rest), default=base, prog=program, description=about(kind))
-    except SystemExit as end:
-        if end.code in (0, None):  # --help
-            raise
-        raise UserError(_one_line(complaints.getvalue())) from None
+    kinds = (kind, *others)
+    layers, show, rest = _own_options(kinds, argv)
+    base = read_layers(layers, *kinds)
+    _refuse_unknown_options(type(base), rest)
+    names = ", ".join(recipes(*kinds))
+    source = f"A recipe ({names}) or a .yaml file" if names else "A .yaml file"
+    taken = f"{source}; given again, the later one goes first, and options go before both."
+    known = (  # what `_own_options` has taken out
+        ("--config", "NAME", taken),
+        ("--print_config", "", "Print every setting in force, with its help, and end."),
+    )
+    about = inspect.getdoc(type(base)) or ""
+    settings: Settings = _replaced(base, arguments.read(base, rest, program, about, known))
     if show:
         print(describe(settings), end="")
         raise SystemExit(0)
     return settings
 
 
-def about(kind: type) -> str:
-    """What --help says first: two options are read before all others, and so are not in its list."""
-    names = ", ".join(recipes(kind))
-    taken = f"--config NAME takes a recipe ({names}) or a .yaml file" if names else "--config FILE takes a .yaml file"
-    return (
-        f"{inspect.getdoc(kind)} {taken}, which the options below override; --print_config shows every setting in "
-        "force, with its help, and ends."
-    )
+def _replaced(base: Any, values: dict[str, Any]) -> Any:
+    """`base` with other values, in its sections as well."""
+    inner = {name: _replaced(getattr(base, name), value) for name, value in values.items() if isinstance(value, dict)}
+    return dataclasses.replace(base, **values | inner)
 
 
-def read_recipe(kind: type[Settings], name: str) -> Settings:
-    """Settings from a recipe of this package by name, or from a YAML file by path."""
+def read_recipe(name: str, *kinds: type[Settings]) -> Settings:
+    """Settings from a recipe of this package by name, or from a YAML file by path, for the kind whose task it is."""
+    return read_layers([name], *kinds)
+
+
+def read_layers(names: Sequence[str], *kinds: type[Settings]) -> Settings:
+    """The defaults, changed by each recipe or file in turn. The kind is the one whose task they are, else the first."""
+    layers = [layer for name in names for layer in _layers(name, kinds)]
+    tasks = [(where, values.pop("task")) for where, values in layers if isinstance(values, dict) and "task" in values]
+    kind = kinds[0]
+    for where, task in tasks:
+        fitting = [one for one in kinds if _task(one) == task]
+        if not fitting or task != tasks[0][1]:
+            raise UserError(f"--config {where}: a recipe of another task ({task}); {_known(kinds)}")
+        kind = fitting[0]
+    settings = kind()
+    for where, values in layers:
+        settings = from_dict(kind, values, where, base=settings)
+    return settings
+
+
+def _layers(name: str, kinds: Sequence[type]) -> list[tuple[str, Any]]:
+    """The values of a recipe or file, with its name; before it the one that its key `recipe` builds on."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"--config {name}: no such file; {_known(kind)}")
+            raise UserError(f"--config {name}: no such file; {_known(kinds)}")
         text = path.read_text(encoding="utf8")
     elif name in _tasks():
         text = resources.files("ccd_train.config").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf8")
     else:
-        raise UserError(f"--config {name}: no such recipe; {_known(kind)}")
+        raise UserError(f"--config {name}: no such recipe; {_known(kinds)}")
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
-    task = values.pop("task", None) if isinstance(values, dict) else None
-    if task is not None and task != _task(kind):
-        raise UserError(f"--config {name}: a recipe of another task ({task}); {_known(kind)}")
-    return from_dict(kind, values, where=name)
+    recipe = values.pop("recipe", None) if isinstance(values, dict) else None
+    if recipe is None:
+        return [(name, values)]
+    if recipe not in _tasks():
+        raise UserError(f"{name}: recipe = {recipe}: no such recipe; {_known(kinds)}")
+    return [*_layers(recipe, kinds), (name, values)]
 
 
-def recipes(kind: type) -> list[str]:
-    """The names of this package's recipes of the task that such settings are for; none where they are for no task."""
-    return sorted(name for name, task in _tasks().items() if task == _task(kind))
+def recipes(*kinds: type) -> list[str]:
+    """The names of this package's recipes of the tasks that such settings are for; none if they are for no task."""
+    return sorted(name for name, task in _tasks().items() if task in map(_task, kinds))
 
 
 def _task(kind: type) -> str | None:
@@ -91,9 +111,9 @@ def _tasks() -> dict[str, str]:
     return {name: yaml.safe_load(text)["task"] for name, text in texts.items()}
 
 
-def _known(kind: type) -> str:
+def _known(kinds: Sequence[type]) -> str:
     """What --config may name, for an error."""
-    names = recipes(kind)
+    names = recipes(*kinds)
     return f"there are {', '.join(names)}, or give a .yaml file" if names else "give a .yaml file"
 
 
@@ -145,25 +165,6 @@ def describe(settings: Any, indent: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_texts(kind: type) -> dict[str, str]:
-    """The string below each field of a dataclass and of those that it extends, as one line."""
-    texts: dict[str, str] = {}
-    for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        texts |= _own_help_texts(part)
-    return texts
-
-
-def _own_help_texts(kind: type) -> dict[str, str]:
-    body = ast.parse(inspect.cleandoc(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for statement, after in zip(body.body, body.body[1:], strict=False):
-        match statement, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = " ".join(text.split())
-    return texts
-
-
 def option_names(kind: type, prefix: str = "") -> list[str]:
     """Every option of a command line that these settings give, without the dashes: "train.micro_batch_size"."""
     hints = get_type_hints(kind)
@@ -174,21 +175,22 @@ def option_names(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _own_options(kind: type, argv: Sequence[str]) -> tuple[str | None, bool, list[str]]:
-    """Takes --config NAME_OR_FILE and --print_config out of the command line."""
-    recipe, show, rest = None, False, []
+def _own_options(kinds: Sequence[type], argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """Takes every --config NAME_OR_FILE, and --print_config, out of the command line."""
+    layers, show, rest = [], False, []
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name == "--config":
-            recipe = value if equals else next(arguments, None)
-            if recipe is None:
-                raise UserError(f"--config: a recipe or a file must follow; {_known(kind)}")
+            layer = value if equals else next(arguments, None)
+            if layer is None:
+                raise UserError(f"--config: a recipe or a file must follow; {_known(kinds)}")
+            layers.append(layer)
         elif argument.replace("-", "_") == "__print_config":
             show = True
         else:
             rest.append(argument)
-    return recipe, show, rest
+    return layers, show, rest
 
 
 def _refuse_unknown_options(kind: type, argv: Sequence[str]) -> None:
@@ -207,33 +209,10 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _one_line(box: str) -> str:
-    """tyro draws its complaints in a box; this is the text between the title and the first rule inside it."""
-    rows = [row.strip().strip("│").strip() for row in box.splitlines()]
-    kept: list[str] = []
-    for row in rows:
-        if row.startswith("╭") or not row:
-            continue
-        if row.startswith(("─", "╰")):
-            break
-        kept.append(row)
-    return " ".join(kept) or "the command line cannot be read; --help lists every option"
-
-
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """A YAML value as the field's type, by the same rules as on the command line."""
-    if value is None:
-        words = ["None"]
-    elif isinstance(value, (list, tuple)):
-        words = [str(item) for item in value]
-    else:
-        words = [str(value)]
-    complaints = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaints):
-            return tyro.cli(hint, args=words, prog=where)
-    except SystemExit:
-        raise UserError(f"{where} = {value!r}: {_one_line(complaints.getvalue())}") from None
+    several = isinstance(value, (list, tuple))
+    return arguments.convert(hint, [str(item) for item in value] if several else [str(value)], where)
 
 
 def _plain(value: Any) -> Any:

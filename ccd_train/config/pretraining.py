@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from ccd_train.augment.affine import Affine
 from ccd_train.augment.severities import Augment
-from ccd_train.config.run import RunConfig, require
+from ccd_train.config.run import AdamW, RunConfig, require
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,9 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class ScaledAdamW(AdamW):
     lr: float = 5e-4
     """Peak learning rate at a global batch of 256."""
-    final_lr: float = 1e-6
-    """Learning rate at the end of the cosine."""
     linear_lr_up_to: int | None = 1024
     """The peak grows linearly with the global batch up to here, by the square root beyond; None: always linearly."""
     warmup_samples: int = 10_000_000
@@ -137,18 +135,19 @@ class Optimizer:
     """First weight decay; a cosine takes it to final_weight_decay. None on biases and one-dimensional parameters."""
     final_weight_decay: float = 0.4
     """Weight decay at the end of the run."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
     clip_gradient: float = 3.0
     """Largest L2 norm of each single parameter tensor's gradient (DINO's rule); 0: no clipping."""
     freeze_last_layer_samples: int = 1_000_000
     """Samples during which the prototypes do not move."""
 
     def check(self) -> None:
-        for name in ("lr", "final_lr", "warmup_samples", "weight_decay", "final_weight_decay", "clip_gradient"):
-            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
-        require(self.final_lr <= self.lr, "optimizer.final_lr", self.final_lr, f"must not exceed lr = {self.lr}")
-        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
+        super().check()
+        require(
+            self.final_weight_decay >= 0,
+            "optimizer.final_weight_decay",
+            self.final_weight_decay,
+            "must not be negative",
+        )
         require(
             self.linear_lr_up_to is None or self.linear_lr_up_to >= 1,
             "optimizer.linear_lr_up_to",
@@ -210,6 +209,6 @@ class Config(RunConfig):
     affine: Affine = field(default_factory=Affine)
     model: Model = field(default_factory=Model)
     distillation: Distillation = field(default_factory=Distillation)
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: ScaledAdamW = field(default_factory=ScaledAdamW)
     health: Health = field(default_factory=Health)
     probe: Probe = field(default_factory=Probe)

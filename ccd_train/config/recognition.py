@@ -12,13 +12,13 @@ from typing import ClassVar, Literal
 
 from ccd_train.augment.severities import Augment
 from ccd_train.config.pretraining import Model
-from ccd_train.config.run import RunConfig, Train, require
+from ccd_train.config.run import RunConfig, Train, Valid, require
 
 SCRATCH = Path("scratch")
 
 
 @dataclass(frozen=True)
-class Words:
+class LabelledWords:
     train: tuple[Path, ...] = ()
     """Labelled words: LMDBs, folders with LMDBs anywhere below, or shard folders; several are read as one."""
     valid: tuple[Path, ...] = ()
@@ -44,7 +44,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Recognizer:
+class ReadingHead:
     """What fine-tuning puts behind the backbone: an MLP and an autoregressive transformer decoder."""
 
     layers: int = 6
@@ -76,39 +76,9 @@ class Recognizer:
 
 
 @dataclass(frozen=True)
-class AdamW:
-    lr: float = 5e-4
-    """Peak learning rate, whatever the batch (official: at 288)."""
-    final_lr: float = 1e-6
-    """Learning rate at the end of the cosine."""
-    warmup_samples: int = 2_780_000
-    """Samples over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.05
-    """None on biases and one-dimensional parameters."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
-    clip_gradient: float = 0.0
-    """Largest L2 norm of each single parameter tensor's gradient; 0: no clipping (official)."""
-
-    def check(self) -> None:
-        for name in ("lr", "final_lr", "warmup_samples", "weight_decay", "clip_gradient"):
-            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
-        require(self.final_lr <= self.lr, "optimizer.final_lr", self.final_lr, f"must not exceed lr = {self.lr}")
-        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
-
-
-@dataclass(frozen=True)
-class Valid:
-    every_steps: int = 1000
-    """Steps between two validations; one more is made at the end."""
-    patience: int = 0
-    """End the run after so many validations in a row without a better accuracy; 0: never."""
+class Accuracy(Valid):
     rule: Literal["lower_alnum", "case", "all"] = "lower_alnum"
     """What of a word must be right: the official rule, letters and digits with their case, or every character."""
-
-    def check(self) -> None:
-        require(self.every_steps >= 1, "valid.every_steps", self.every_steps, "must be 1 or more")
-        require(self.patience >= 0, "valid.patience", self.patience, "must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -120,15 +90,14 @@ class FineTuning(RunConfig):
     init: Path | None = None
     """Where the backbone comes from: a pretraining's run folder, its export or an official .pth (the teacher's), a
     recogniser of the same charset (all of it), or the word scratch; a run that goes on ignores it."""
-    data: Words = field(default_factory=Words)
+    data: LabelledWords = field(default_factory=LabelledWords)
     augment: Augment = field(default_factory=lambda: Augment(chain="finetune_small"))
     model: Model = field(default_factory=Model)
-    recognizer: Recognizer = field(default_factory=Recognizer)
-    optimizer: AdamW = field(default_factory=AdamW)
+    recognizer: ReadingHead = field(default_factory=ReadingHead)
     train: Train = field(
         default_factory=lambda: Train(total_samples=97_300_000, micro_batch_size=36, global_batch_size=288)
     )
-    valid: Valid = field(default_factory=Valid)
+    valid: Accuracy = field(default_factory=Accuracy)
 
     def check(self) -> None:
         """Raises UserError for the first value that is impossible, before any other work."""

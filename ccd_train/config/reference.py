@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, get_type_hints
 
-from ccd_train.config.options import help_texts, recipes, to_dict
+from ccd_train.config.options import recipes, to_dict
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
+from ccd_train.config.texts import help_texts
 
 HEAD = """\
 # Every setting

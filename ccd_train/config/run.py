@@ -8,9 +8,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
-
-import tyro
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ccd_train.errors import UserError
 
@@ -71,6 +69,40 @@ class Train:
 
 
 @dataclass(frozen=True)
+class AdamW:
+    lr: float = 5e-4
+    """Peak learning rate, whatever the batch (official: at 288)."""
+    final_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_samples: int = 2_780_000
+    """Samples over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.05
+    """None on biases and one-dimensional parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    clip_gradient: float = 0.0
+    """Largest L2 norm of each single parameter tensor's gradient; 0: no clipping (official)."""
+
+    def check(self) -> None:
+        for name in ("lr", "final_lr", "warmup_samples", "weight_decay", "clip_gradient"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        require(self.final_lr <= self.lr, "optimizer.final_lr", self.final_lr, f"must not exceed lr = {self.lr}")
+        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Valid:
+    every_steps: int = 1000
+    """Steps between two validations; one more is made at the end."""
+    patience: int = 0
+    """End the run after so many validations in a row without a better accuracy; 0: never."""
+
+    def check(self) -> None:
+        require(self.every_steps >= 1, "valid.every_steps", self.every_steps, "must be 1 or more")
+        require(self.patience >= 0, "valid.patience", self.patience, "must be 0 or more")
+
+
+@dataclass(frozen=True)
 class Log:
     every_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
@@ -78,8 +110,12 @@ class Log:
     """Steps between two pictures of views, masks, regions and features; 0: none."""
     wandb: str | None = None
     """Also log to this project of Weights & Biases; its package must be installed."""
-    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    verbose: bool = field(default=False, metadata={"alias": "-v"})
     """Let libraries say what they want to say; also -v."""
+
+    def pictures_due(self, step: int) -> bool:
+        """Whether pictures follow this step; the first step shows that all is well."""
+        return self.pictures_every_steps > 0 and (step == 1 or step % self.pictures_every_steps == 0)
 
     def check(self) -> None:
         require(self.every_steps >= 1, "log.every_steps", self.every_steps, "must be 1 or more")
@@ -129,6 +165,8 @@ class RunConfig:
 
     run_dir: Path | None = None
     """Folder of the run; the same folder again goes on where it stopped."""
+    init: Path | None = None
+    """Weights that a new run starts from."""
     seed: int = 0
     """Seed of the order of samples, the views, stochastic depth and the initial weights."""
     deepspeed: str | None = None
@@ -138,6 +176,7 @@ class RunConfig:
     max_minutes: float | None = None
     """Save and end as unfinished (exit code 75) before so many minutes of this life are over."""
     train: Train = field(default_factory=Train)
+    optimizer: AdamW = field(default_factory=AdamW)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Resume = field(default_factory=Resume)
@@ -168,3 +207,21 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
     return flat
+
+
+def refuse_other(
+    section: str,
+    path: Path,
+    theirs: dict[str, Any],
+    mine: dict[str, Any],
+    remedy: str,
+    except_for: tuple[str, ...] = (),
+) -> None:
+    """UserError that names the settings of a section in which the weights of --init and this run differ."""
+    differences = [
+        f"{section}.{name}: {theirs[name]} → {mine[name]}"
+        for name in mine
+        if theirs[name] != mine[name] and name not in except_for
+    ]
+    if differences:
+        raise UserError(f"--init {path}: another network ({', '.join(differences)}); {remedy}")

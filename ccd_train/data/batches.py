@@ -92,7 +92,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class BatchReader:
     """Makes batches of a corpus or of labelled words; may be copied into worker processes."""
 
     corpus: Corpus | Words

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ccd_train import distributed
 from ccd_train.config.pretraining import Data
-from ccd_train.data.batches import Batch, Reader
+from ccd_train.data.batches import Batch, BatchReader
 from ccd_train.data.masks import MaskMode
 from ccd_train.data.order import Mixture, Order
 from ccd_train.data.shards import Corpus
@@ -84,7 +84,7 @@ class Share:
 class MicroBatches(Dataset[Batch | UserError | TrainingError]):
     """Micro-batch number → batch. Errors for the user are returned: across processes torch would wrap them."""
 
-    def __init__(self, reader: Reader, share: Share, stage: Stage | None) -> None:
+    def __init__(self, reader: BatchReader, share: Share, stage: Stage | None) -> None:
         self.reader = reader
         self.share = share
         self.stage = stage
@@ -184,13 +184,8 @@ class Batches(Iterator[Batch]):
 def loader(
     corpus: Corpus | Words,
     order: Order | Mixture,
+    share: Share,
     *,
-    start_position: int,
-    end_position: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
     workers: int,
     mask_mode: MaskMode | None = "otsu",
     with_labels: bool = False,
@@ -198,7 +193,7 @@ def loader(
     stage: Path | None = None,
     stage_gb: float = 100.0,
 ) -> Batches:
-    """The batches of one rank from `start_position` on, in whole steps until `end_position` is reached.
+    """The batches of one rank: its share of the run, in whole steps.
 
     The same batches for any number of workers. UserError if masks or labels are wanted that the shards do not hold, or
     if the stage cannot be used.
@@ -207,8 +202,9 @@ def loader(
     if isinstance(corpus, Corpus):
         _check_parts(corpus, masks=mask_mode == "stored", labels=with_labels)
         copies = None if stage is None else Stage(stage, int(stage_gb * 1e9), corpus)
-    share = Share(start_position, end_position, global_batch_size, micro_batch_size, rank, world_size)
-    return Batches(MicroBatches(Reader(corpus, order, mask_mode, with_labels), share, copies), workers, max_damaged)
+    return Batches(
+        MicroBatches(BatchReader(corpus, order, mask_mode, with_labels), share, copies), workers, max_damaged
+    )
 
 
 def _check_parts(corpus: Corpus, masks: bool, labels: bool) -> None:

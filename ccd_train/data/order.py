@@ -18,8 +18,6 @@ import numpy as np
 
 from ccd_train.draws import permutation
 
-VERSION = 1  # of the order itself: a run goes on only with the version it began with
-
 # What a permutation is for: the last but one of its words.
 _SHARDS, _SAMPLES, _CORPORA = 1, 2, 3
 _ROUNDS = 8  # of the shuffle within a window; from 4 on, tests cannot tell it from a sort by random keys

@@ -13,7 +13,7 @@ from torch import Tensor
 from ccd_train.models.recognizer import Decoder, Recognizer
 
 
-class Words(NamedTuple):
+class DecodedWords(NamedTuple):
     tokens: Tensor
     """int64 [B, T]: characters, the end, then padding. A word may have no end: it is T tokens long."""
     confidences: Tensor
@@ -21,13 +21,13 @@ class Words(NamedTuple):
 
 
 @torch.inference_mode()
-def read(recognizer: Recognizer, images: Tensor) -> Words:
+def read(recognizer: Recognizer, images: Tensor) -> DecodedWords:
     """Reads normalised images [B, 3, 32, 128]; the recogniser must be in evaluation mode."""
     assert not recognizer.training, "dropout would spoil the words"
     return decode(recognizer.decoder, recognizer.encode(images))
 
 
-def decode(decoder: Decoder, memory: Tensor, stop_early: bool = True) -> Words:
+def decode(decoder: Decoder, memory: Tensor, stop_early: bool = True) -> DecodedWords:
     """Memory [B, S, E] → words. stop_early ends when all words have ended; without it the work is always the same."""
     padding, end = decoder.classes, decoder.classes - 1
     state = decoder.begin(memory)
@@ -47,4 +47,4 @@ def decode(decoder: Decoder, memory: Tensor, stop_early: bool = True) -> Words:
     if missing:
         tokens += [torch.full_like(token, padding)] * missing
         confidences += [torch.ones_like(confidences[0])] * missing
-    return Words(torch.stack(tokens, dim=1), torch.stack(confidences, dim=1))
+    return DecodedWords(torch.stack(tokens, dim=1), torch.stack(confidences, dim=1))

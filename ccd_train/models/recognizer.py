@@ -61,7 +61,7 @@ class Dropout(nn.Module):
         return x * (kept / (1 - self.probability)).to(x.dtype)
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Multi-head attention without biases; dropout of its weights and of its result."""
 
     def __init__(self, width: int, heads: int, dropout: float, name: str) -> None:
@@ -113,12 +113,12 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """Attention to the tokens before, attention to the image, an MLP; each normed before and added to its input."""
 
-    def __init__(self, sizes: recognition.Recognizer, name: str) -> None:
+    def __init__(self, sizes: recognition.ReadingHead, name: str) -> None:
         super().__init__()
         self.text_norm = nn.LayerNorm(sizes.width)
-        self.text = Attention(sizes.width, sizes.heads, sizes.dropout, f"{name}.text")
+        self.text = DecoderAttention(sizes.width, sizes.heads, sizes.dropout, f"{name}.text")
         self.image_norm = nn.LayerNorm(sizes.width)
-        self.image = Attention(sizes.width, sizes.heads, sizes.dropout, f"{name}.image")
+        self.image = DecoderAttention(sizes.width, sizes.heads, sizes.dropout, f"{name}.image")
         self.mlp_norm = nn.LayerNorm(sizes.width)
         self.mlp = Mlp((sizes.width, sizes.hidden, sizes.width), sizes.dropout, f"{name}.mlp")
 
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
     positions: Tensor
     """float32 whatever the weights are: DeepSpeed turns parameters into bf16 or fp16, but not buffers."""
 
-    def __init__(self, sizes: recognition.Recognizer, classes: int) -> None:
+    def __init__(self, sizes: recognition.ReadingHead, classes: int) -> None:
         super().__init__()
         self.classes = classes
         self.embedding = nn.Embedding(classes + 1, sizes.width, padding_idx=classes)
@@ -207,7 +207,7 @@ class Recognizer(nn.Module):
     def __init__(
         self,
         model: pretraining.Model,
-        sizes: recognition.Recognizer,
+        sizes: recognition.ReadingHead,
         classes: int,
         activation_checkpointing: bool = False,
     ) -> None:

@@ -62,7 +62,7 @@ class Word(NamedTuple):
 
 
 @dataclass
-class Words:
+class BenchmarkWords:
     """The labelled words of a set, in order; afterwards what was seen on the way."""
 
     path: Path

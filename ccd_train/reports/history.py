@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ccd_train.config.options import from_dict, read_recipe, recipes, to_dict
-from ccd_train.config.pretraining import Config
-from ccd_train.config.recognition import FineTuning
+from ccd_train.config.options import read_recipe, recipes, to_dict
 from ccd_train.config.run import RunConfig, flatten
+from ccd_train.config.stored import read_settings
 from ccd_train.errors import UserError
 
 OWN = {"run_dir", "data.shards", "data.train", "data.valid", "max_steps", "max_minutes", "init"}  # no recipe sets them
@@ -96,32 +94,31 @@ class History:
         return {str(path.parent.relative_to(self.path)): path.read_text(encoding="utf-8") for path in paths}
 
     def _from(self, recipe: str) -> dict[str, tuple[Any, Any]]:
-        theirs = flatten(to_dict(read_recipe(type(self.config), recipe)))
+        theirs = flatten(to_dict(read_recipe(recipe, type(self.config))))
         mine = self.settings
         return {name: (theirs[name], mine[name]) for name in mine if name not in OWN and mine[name] != theirs[name]}
 
 
 def read_history(path: Path) -> History:
     """UserError where there is no run folder, or nothing has been logged yet."""
+    config = read_settings(path)
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         identity = json.loads((path / "identity.json").read_text(encoding="utf-8"))
         environment = (path / "environment.txt").read_text(encoding="utf-8")
         lines = read_lines(path / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give the folder of a run that has begun") from None
-    except (json.JSONDecodeError, yaml.YAMLError):
-        raise UserError(f"{path}: config.yaml or identity.json cannot be read; give the folder of a run") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{path}: identity.json cannot be read; give the folder of a run") from None
     if not lines:
         raise UserError(f"{path}/metrics.jsonl has no line yet; wait for the first logged step")
-    kind = FineTuning if "recognizer" in settings else Config
     names = dict.fromkeys(name for line in lines for name in line)
     metrics = {name: np.array([line.get(name, np.nan) for line in lines], float) for name in names}
     alarms = read_lines(path / "alarms.jsonl") if (path / "alarms.jsonl").exists() else []
     outcome = path / "outcome.json"
     return History(
         path,
-        from_dict(kind, settings, str(path / "config.yaml")),
+        config,
         identity,
         metrics,
         read_lives(environment, metrics),

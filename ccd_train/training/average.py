@@ -1,7 +1,7 @@
-"""The teacher: an exponential moving average of the student's fp32 masters, in fp32, the same in every ZeRO stage.
+"""A moving average of the trained network's fp32 masters, itself in fp32, and the same in every ZeRO stage.
 
 Each rank averages the fragments that its optimiser holds, so the average is sharded where the masters are and costs no
-collective. One all-gather, in the type of the forward pass, then brings every rank's part into the teacher's weights;
+collective. One all-gather, in the type of the forward pass, then brings every rank's part into a second network;
 it runs while the next batch is augmented and goes through the student. An average kept in bf16 would stall: at a
 momentum of 0.9995 a step is mostly smaller than half the distance to the next bf16 number.
 """

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/
         step_00010000/     DeepSpeed's files, one set per rank
-                           teacher.safetensors   of a pretraining: the teacher's weights in fp32, and the centre
+                           NAME.safetensors      what the task keeps beside them
                            state.json            step, position, settings, corpus, …
                            layout.json           which rank's file holds which piece of which parameter
                            COMPLETE              size and sha256 of every file; written last
@@ -33,19 +33,13 @@ import torch
 from torch import Tensor
 
 from ccd_train import distributed
-from ccd_train.config.options import from_dict
-from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
 from ccd_train.files import Digest, digest, replace_file, sync_folder, write_file
 from ccd_train.training.engine import Engine, read_file
-from ccd_train.weights import backbone
-from ccd_train.weights.backbone import Weights
 
 log = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE"
-TEACHER = "teacher.safetensors"
-CENTER = "center"  # beside the teacher's weights
 Content = memoryview | bytes | dict[str, Tensor]  # of a file, in memory
 
 
@@ -139,20 +133,9 @@ def load(checkpoint: Path, engine: Engine) -> dict[str, Any]:
     return state
 
 
-def read_weights(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """{"teacher": …, "student": …}: fp32 weights and buffers by name, from any ZeRO stage and number of ranks."""
-    teacher = safetensors.torch.load_file(checkpoint / TEACHER)
-    teacher.pop(CENTER)
-    whole, module = read_whole(checkpoint)
-    student = {name: value.float() for name, value in module.items()}
-    student |= {name: parts["fp32"].view(module[name].shape) for name, parts in whole.items()}
-    return {"teacher": teacher, "student": student}
-
-
-def open_weights(path: Path, heads: int | None = None) -> Weights:
-    """Weights from a run folder (newest complete checkpoint), a checkpoint folder, an export or an official .pth.
-
-    Raises UserError for anything else, and for files that do not fit together.
+def locate(path: Path) -> Path | None:
+    """The checkpoint that a path names: a run folder (its newest complete one) or the checkpoint itself; None if it is
+    neither. Raises UserError if there is nothing, or nothing whole.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a run folder, an export, or an official .pth")
@@ -161,11 +144,18 @@ def open_weights(path: Path, heads: int | None = None) -> Weights:
         if found is None:
             raise UserError(f"{path}: this run has no complete checkpoint yet; let it write one")
         path = found
-    if (path / COMPLETE).is_file():
-        if damage := _damage(path, share=slice(None)):
-            raise UserError(f"{path}: damaged ({damage}); name the run folder, and the newest whole one is taken")
-        return _of_checkpoint(path)
-    return backbone.read(path, heads)
+    if not (path / COMPLETE).is_file():
+        return None
+    if damage := _damage(path, share=slice(None)):
+        raise UserError(f"{path}: damaged ({damage}); name the run folder, and the newest whole one is taken")
+    return path
+
+
+def read_network(checkpoint: Path) -> dict[str, Tensor]:
+    """fp32 weights and buffers of the trained network by name, from any ZeRO stage and number of ranks."""
+    whole, module = read_whole(checkpoint)
+    network = {name: value.float() for name, value in module.items()}
+    return network | {name: parts["fp32"].view(module[name].shape) for name, parts in whole.items()}
 
 
 def read_whole(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -295,18 +285,6 @@ def _on_rank_0(work: Callable[[], None]) -> str | None:
         except OSError as problem:
             error = str(problem)
     return distributed.broadcast_object(error)  # type: ignore[no-any-return]
-
-
-def _of_checkpoint(path: Path) -> Weights:
-    if not (path / TEACHER).is_file():
-        raise UserError(f"{path}: no teacher, so no pretraining; what a fine-tuning has learnt is in its folder export")
-    state = read_state(path)
-    model = from_dict(Config, state["settings"], str(path / "state.json")).model
-    networks = read_weights(path)
-    teacher, student = (
-        {name: tensor.detach() for name, tensor in networks[network].items()} for network in ("teacher", "student")
-    )
-    return Weights(model, teacher, student, str(path))
 
 
 def _optimizer_of(

@@ -1,8 +1,7 @@
 """The student under DeepSpeed: one interface for every ZeRO stage. The only module that knows DeepSpeed.
 
 DeepSpeed keeps fp32 masters and gradients in another way in every stage. Here they are all `Fragment`s: pieces of
-flattened parameters that this rank holds. Clipping, the teacher's EMA and the checkpoints work on fragments and do not
-know of stages.
+flattened parameters that this rank holds. Clipping, averages and checkpoints work on them and know of no stages.
 """
 
 from __future__ import annotations
@@ -106,9 +105,7 @@ def read_file(path: Path, map_location: Any = None, mmap: bool = False) -> Any:
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
-    """AdamW's groups, two at most for each part that `student.part(name)` tells: no weight decay on biases and 1-D
-    parameters (DINO, utils.py).
-    """
+    """AdamW's groups, by `student.part(name)` and decay: none on biases and 1-D parameters (DINO, utils.py)."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -120,13 +117,15 @@ def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
 class Engine:
     """The student, its gradients and its optimiser."""
 
-    def __init__(self, student: nn.Module, config: RunConfig, betas: tuple[float, float], accumulation: int) -> None:
-        """`student` on this rank's device, with the same weights on every rank; AdamW's decay rates."""
+    def __init__(self, student: nn.Module, config: RunConfig, accumulation: int) -> None:
+        """`student` on this rank's device, with the same weights on every rank."""
         deepspeed = _import_deepspeed(config.log.verbose)
         self.name, content = read_deepspeed_file(config.deepspeed)
         self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._fused = torch.cuda.is_available() and not self._offload  # one kernel for all that a step of AdamW does
-        optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, betas=betas, fused=self._fused)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(student), lr=0.0, betas=config.optimizer.betas, fused=self._fused
+        )
         content |= {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": accumulation,

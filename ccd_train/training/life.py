@@ -26,6 +26,7 @@ import torch
 from ccd_train import distributed
 from ccd_train.config.options import describe, to_dict
 from ccd_train.config.run import RunConfig, identity
+from ccd_train.config.stored import differences
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, OccupiedError, UserError
 from ccd_train.files import replace_file, write_json
 
@@ -49,11 +50,6 @@ class Stop:
         """What the longest validation so far took, if there are any: one may come before the last save."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
-
-    @staticmethod
-    def clock() -> float:
-        """Seconds of the clock that the time limit runs by."""
-        return time.monotonic()
 
     def wanted(self) -> bool:
         return self._signal is not None or self._time_is_over()
@@ -123,16 +119,15 @@ def claim(run_dir: Path, config: RunConfig, facts: dict[str, str], global_batch:
         known = None
     if known is not None and global_batch is None:
         mine["train.global_batch_size"] = global_batch = known["train.global_batch_size"]
-    if known is not None and known != mine:
-        names = [name for name in sorted(known | mine) if known.get(name) != mine.get(name)]
-        differences = ", ".join(f"{name}: {known.get(name)} → {mine.get(name)}" for name in names)
+    if known is not None and (found := differences(known, mine, type(config))):
+        said = ", ".join(found)
         if not config.resume.allow_change:
             raise UserError(
-                f"{run_dir} belongs to another run ({differences}); take another --run_dir, "
+                f"{run_dir} belongs to another run ({said}); take another --run_dir, "
                 "the run's own settings, or --resume.allow_change"
             )
         if distributed.rank() == 0:
-            log.warning("going on with changes, as --resume.allow_change says: %s", differences)
+            log.warning("going on with changes, as --resume.allow_change says: %s", said)
     return global_batch
 
 

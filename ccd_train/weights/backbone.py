@@ -17,7 +17,6 @@ import json
 import math
 import re
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,21 +27,24 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccd_train.config.options import from_dict, to_dict
+from ccd_train.config.options import to_dict
 from ccd_train.config.pretraining import Model
+from ccd_train.config.stored import from_stored
 from ccd_train.errors import UserError
 from ccd_train.files import replace_file, write_json
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.models.vit import GRID, VisionTransformer
+from ccd_train.weights.writing import serialize, unwritable, write_whole
 
 State = dict[str, Tensor]
 NETWORKS: dict[str, type[Student] | type[Teacher]] = {"teacher": Teacher, "student": Student}
 FORMAT = "ccd_train weights 1"
 CONFIG = "config.json"
+NAMED = 5  # tensors that an error names
 TEACHER = "teacher.safetensors"
 
 BACKBONE_SIZES = ("width", "depth", "heads")  # in the metadata of a backbone by itself
@@ -129,12 +131,12 @@ def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
         for name in NETWORKS:
-            state = {key: tensor.contiguous() for key, tensor in getattr(weights, name).items()}
+            state = getattr(weights, name)
             # not save_file, whose files only their owner may read
-            replace_file(folder / f"{name}.safetensors", save(state, metadata={"format": "pt"}))
+            replace_file(folder / f"{name}.safetensors", serialize(state, {"format": "pt"}))
         write_json(folder / CONFIG, description)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise unwritable(folder, error) from None
 
 
 def read_export(folder: Path) -> Weights:
@@ -146,7 +148,7 @@ def read_export(folder: Path) -> Weights:
         raise UserError(f"{file}: cannot be read ({error}); export the weights again") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{file}: not the description of an export (format {FORMAT!r}); is this the right folder?")
-    model = from_dict(Model, description.get("model"), str(file), "model.")
+    model = from_stored(Model, description.get("model"), str(file), "model.")
     model.check()
     states = {}
     for name, kind in NETWORKS.items():
@@ -224,9 +226,9 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
 def write_backbone(path: Path, state: State, model: Model) -> None:
     """Writes the ViT of a state alone, one file under timm's names. UserError where it cannot be written."""
     names = {name: BACKBONE_PREFIX.sub("", official_name(name)) for name in state if name.startswith("vit.")}
-    tensors = {official: state[name].contiguous() for name, official in names.items() if "norm_seg" not in official}
+    tensors = {official: state[name] for name, official in names.items() if "norm_seg" not in official}
     sizes = {name: str(getattr(model, name)) for name in BACKBONE_SIZES}
-    write_whole(path, save(tensors, metadata={"format": "pt", **sizes}))
+    write_whole(path, serialize(tensors, {"format": "pt", **sizes}))
 
 
 def read_backbone(path: str | Path) -> VisionTransformer:
@@ -246,30 +248,6 @@ def read_backbone(path: str | Path) -> VisionTransformer:
     refuse_misfits(wanted, official, str(path))
     vit.load_state_dict({name: official[names[name]] for name in names})
     return vit.eval()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all, and the folders above it. UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error}); make room, or choose another place")
-
-
-def refuse_unwritable(path: Path) -> None:
-    """UserError where no file can be written at this place. Makes the folders above it."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("a folder is there")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise _unwritable(path, error) from None
 
 
 def official_name(name: str) -> str:
@@ -334,7 +312,7 @@ def is_named(name: object, item: object) -> bool:
 
 
 def refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str) -> None:
-    """UserError lists every tensor that is missing, has no place or has another shape."""
+    """UserError counts the tensors that are missing, have no place or another shape, and names the first of them."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} has no place" for name in found if name not in wanted]
     problems += [
@@ -343,7 +321,8 @@ def refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str
         if name in found and tuple(found[name].shape) != shape
     ]
     if problems:
-        raise UserError(f"{origin}: {len(problems)} tensors do not fit this model: {'; '.join(problems)}")
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise UserError(f"{origin}: {len(problems)} tensors do not fit this model: {'; '.join(problems[:NAMED])}{more}")
 
 
 def from_official(

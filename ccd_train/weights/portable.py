@@ -26,8 +26,8 @@ from ccd_train.data.masks import HEIGHT, WIDTH
 from ccd_train.errors import UserError
 from ccd_train.models.decoding import decode
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.weights.backbone import write_whole
 from ccd_train.weights.recognizer import Trained
+from ccd_train.weights.writing import write_whole
 
 DESCRIPTION = "description.json"
 OUTPUTS = ["tokens", "confidences"]

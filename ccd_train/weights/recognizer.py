@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import save
 
 from ccd_train.config import pretraining, recognition
-from ccd_train.config.options import from_dict, to_dict
+from ccd_train.config.options import to_dict
 from ccd_train.config.run import require
+from ccd_train.config.stored import from_stored
 from ccd_train.data.charset import NAMED, Charset, read_charset
 from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer
@@ -32,8 +32,8 @@ from ccd_train.weights.backbone import (
     read_tensors,
     refuse_misfits,
     shapes_of,
-    write_whole,
 )
+from ccd_train.weights.writing import serialize, write_whole
 
 FILE = "recognizer.safetensors"
 FORMAT = "ccd_train recognizer 1"
@@ -67,7 +67,7 @@ class Trained:
 
     model: pretraining.Model
     """Of which only the backbone's sizes count."""
-    sizes: recognition.Recognizer
+    sizes: recognition.ReadingHead
     charset: Charset
     state: State
     about: dict[str, Any]
@@ -91,7 +91,7 @@ def write(path: Path, trained: Trained) -> None:
         "charset": json.dumps([trained.charset.name, trained.charset.characters]),
         "about": json.dumps(trained.about),
     }
-    write_whole(path, save({name: tensor.contiguous() for name, tensor in trained.state.items()}, metadata))
+    write_whole(path, serialize(trained.state, metadata))
 
 
 def read(
@@ -99,7 +99,7 @@ def read(
     charset: Charset | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    length: int = recognition.Recognizer.length,
+    length: int = recognition.ReadingHead.length,
 ) -> Trained:
     """A recogniser from a run folder (its best), an export (file or folder) or an official .pth. Raises UserError.
 
@@ -156,8 +156,8 @@ def read_export(path: Path) -> Trained:
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: no recogniser (its format is {metadata.get('format')!r}); {_FINE_TUNE}")
     values = _values(path, metadata)
-    model = from_dict(pretraining.Model, values["model"], str(path), "model.")
-    sizes = from_dict(recognition.Recognizer, values["recognizer"], str(path), "recognizer.")
+    model = from_stored(pretraining.Model, values["model"], str(path), "model.")
+    sizes = from_stored(recognition.ReadingHead, values["recognizer"], str(path), "recognizer.")
     require(
         model.heads >= 1 and model.width % model.heads == 0,
         "model.heads",
@@ -176,7 +176,7 @@ def read_official(
     charset: Charset | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
-    length: int = recognition.Recognizer.length,
+    length: int = recognition.ReadingHead.length,
 ) -> Trained:
     """An official fine-tuned checkpoint as ours. Raises UserError."""
     checkpoint = read_tensors(path)
@@ -232,7 +232,7 @@ def _official_name(name: str) -> str:
 
 def _official_sizes(
     official: State, heads: int | None, decoder_heads: int | None, length: int, path: Path
-) -> tuple[pretraining.Model, recognition.Recognizer, int]:
+) -> tuple[pretraining.Model, recognition.ReadingHead, int]:
     """What the shapes of an official recogniser tell, and its classes."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
@@ -260,7 +260,7 @@ def _official_sizes(
         depth=counted(r"backbone\.blocks\.(\d+)\."),
         heads=divided(width, heads, "backbone", "--heads"),
     )
-    sizes = recognition.Recognizer(
+    sizes = recognition.ReadingHead(
         layers=counted(r"decoder\.layer_stack\.(\d+)\."),
         width=channels,
         heads=divided(channels, decoder_heads, "decoder", "--decoder_heads"),
@@ -271,5 +271,5 @@ def _official_sizes(
     return model, sizes, classes
 
 
-def _shapes(model: pretraining.Model, sizes: recognition.Recognizer, charset: Charset) -> dict[str, tuple[int, ...]]:
+def _shapes(model: pretraining.Model, sizes: recognition.ReadingHead, charset: Charset) -> dict[str, tuple[int, ...]]:
     return shapes_of(lambda: Recognizer(model, sizes, charset.classes))

@@ -44,14 +44,14 @@ def seconds(way: Callable[[Decoder, Tensor], Tensor], decoder: Decoder, memory: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=finetuning.Recognizer.layers)
-    parser.add_argument("--width", type=int, default=finetuning.Recognizer.width)
-    parser.add_argument("--tokens", type=int, default=finetuning.Recognizer.length)
+    parser.add_argument("--layers", type=int, default=finetuning.ReadingHead.layers)
+    parser.add_argument("--width", type=int, default=finetuning.ReadingHead.width)
+    parser.add_argument("--tokens", type=int, default=finetuning.ReadingHead.length)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    sizes = finetuning.Recognizer(layers=options.layers, width=options.width, length=options.tokens)
+    sizes = finetuning.ReadingHead(layers=options.layers, width=options.width, length=options.tokens)
     decoder = Decoder(sizes, read_charset("DICT90").classes).eval()
     decoder.classifier.bias[-1] = -100.0  # no word ends: the same work for all
     memory = torch.randn(options.batch, 256, options.width)

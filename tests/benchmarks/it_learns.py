@@ -32,9 +32,10 @@ from ccd_train.config.options import read_recipe
 from ccd_train.config.pretraining import Config
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.data.records import LmdbReader
-from ccd_train.tasks.pretrain.probe import Words, probe, read_words
-from ccd_train.tasks.pretrain.run import Run, begin
-from ccd_train.tasks.pretrain.step import train_step
+from ccd_train.tasks.pretrain.probe import ProbeWords, probe, read_words
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.run import Run, begin
+from ccd_train.training.train import train_step
 
 PROBE_SEED = 1_000_003  # of words that are not trained on
 UNEVEN = 12.0  # grey levels by which a background deviates from its mean before it counts as textured
@@ -49,7 +50,7 @@ WIDTH, HEIGHT, MARGIN = 960, 420, 60
 
 @dataclass(frozen=True)
 class Masks:
-    """Words as the network sees them, with three masks each."""
+    """ProbeWords as the network sees them, with three masks each."""
 
     images_u8: Tensor
     """uint8 [N, 3, 32, 128]."""
@@ -97,7 +98,7 @@ def overlaps(masks: Tensor, truth: Tensor, textured: Tensor) -> tuple[float, flo
 
 
 @torch.no_grad()
-def segment(run: Run, images_u8: Tensor) -> Tensor:
+def segment(run: Run[Pretraining], images_u8: Tensor) -> Tensor:
     """The student's text pixels, bool [N, 32, 128], of images without views."""
     student, parts = run.engine.student, []
     student.eval()
@@ -111,15 +112,19 @@ def segment(run: Run, images_u8: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def measure(run: Run, words: Words, masks: Masks, minutes: float, figures: list[dict[str, float]]) -> Point:
-    score = probe(run.teacher.ready().vit, words)  # type: ignore[arg-type]
+def measure(
+    run: Run[Pretraining], words: ProbeWords, masks: Masks, minutes: float, figures: list[dict[str, float]]
+) -> Point:
+    score = probe(run.task.teacher.ready().vit, words)  # type: ignore[arg-type]
     plain, textured = overlaps(segment(run, masks.images_u8), masks.truth, masks.textured)
     names = ("loss_distillation", "loss_segmentation", "teacher_entropy", "prototypes_used", "grad_norm", "characters")
     means = {name: sum(one[name] for one in figures) / len(figures) for name in names if figures}
     return Point(run.progress.position, minutes, score.linear, score.knn, plain, textured, means)
 
 
-def learn(run: Run, look: Callable[[float, list[dict[str, float]]], None], minutes: float, every: int) -> None:
+def learn(
+    run: Run[Pretraining], look: Callable[[float, list[dict[str, float]]], None], minutes: float, every: int
+) -> None:
     """Trains until the end of the schedules or of the time, and looks after every so many samples."""
     clock, last = time.monotonic, run.progress.position
     spent, began, figures = 0.0, clock(), []
@@ -181,7 +186,7 @@ def table(points: list[Point], pseudo: tuple[float, float]) -> str:
 
 
 def settings(options: argparse.Namespace) -> Config:
-    config = read_recipe(Config, options.config)
+    config = read_recipe(options.config, Config)
     train = config.train if options.samples is None else replace(config.train, total_samples=options.samples)
     train = train if options.threads is None else replace(train, threads=options.threads)
     data = replace(config.data, shards=(options.out / "shards",))
@@ -215,7 +220,7 @@ def main() -> None:
     config = settings(options)
     config.check()
     distributed.initialize(config.distributed.timeout)
-    run = begin(config)
+    run = begin(Pretraining(config))
     found = out / "it_learns.json"
     points = [Point(**point) for point in json.loads(found.read_text())["points"]] if found.exists() else []
     points = [point for point in points if point.samples < run.progress.position]

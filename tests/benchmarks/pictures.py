@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="images a second; left out: this machine's")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    config = read_recipe(Config, arguments.config)
+    config = read_recipe(arguments.config, Config)
     batch = arguments.micro_batch_size or config.train.micro_batch_size
     torch.manual_seed(0)
     student, teacher = Student(config.model), Teacher(config.model)
@@ -55,7 +55,7 @@ def main() -> None:
     seen = step()
     step_seconds = batch / arguments.rate if arguments.rate else timed(step)
     noise = torch.randint(0, 256, (gallery.WORDS, 3, 32, 128), dtype=torch.uint8)
-    shown = gallery.words(noise, masks[:1].expand(gallery.WORDS, -1, -1))
+    shown = gallery.fixed_words(noise, masks[:1].expand(gallery.WORDS, -1, -1))
     with tempfile.TemporaryDirectory() as folder:
         metrics = Metrics(Path(folder), 0, 1)
 

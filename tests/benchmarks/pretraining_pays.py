@@ -38,9 +38,9 @@ from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.errors import FINISHED
 from ccd_train.reports.benchmarks import find_sets
 from ccd_train.reports.history import read_history
-from ccd_train.tasks.pretrain import step as pretrain
-from ccd_train.tasks.recognize import step as finetune
+from ccd_train.tasks.choice import task_of
 from ccd_train.tasks.recognize.reading import Reader
+from ccd_train.training.train import live
 from ccd_train.weights import recognizer as recognizers
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real" / "iiit5k_train"
@@ -101,7 +101,7 @@ def shortened(settings: Any, total: int, budget: int, *names: str) -> dict[str, 
 
 
 def pretraining(options: argparse.Namespace, shards: Path) -> Config:
-    config, budget = read_recipe(Config, options.config), options.pretrain_samples
+    config, budget = read_recipe(options.config, Config), options.pretrain_samples
     total = config.train.total_samples
     changed = shortened(config.optimizer, total, budget, "warmup_samples", "freeze_last_layer_samples")
     switch = shortened(config.distillation, total, budget, "student_regions_after")
@@ -114,7 +114,7 @@ def pretraining(options: argparse.Namespace, shards: Path) -> Config:
 
 
 def tuning(options: argparse.Namespace, shards: Path, valid: Path, init: str, fraction: float) -> FineTuning:
-    config, budget = read_recipe(FineTuning, options.recipe), options.finetune_samples
+    config, budget = read_recipe(options.recipe, FineTuning), options.finetune_samples
     changed = shortened(config.optimizer, config.train.total_samples, budget, "warmup_samples")
     batch = config.train.global_batch_size or config.train.micro_batch_size
     tokens = options.length[1] + 2 if options.alphabet else config.recognizer.length
@@ -137,9 +137,9 @@ def common(config: Any, options: argparse.Namespace, run_dir: Path, budget: int)
     return replace(config, run_dir=run_dir, seed=options.seed, train=train, log=log)
 
 
-def live(verb: Any, config: RunConfig) -> float:
+def learn(config: RunConfig) -> float:
     """Trains to the end; the minutes it took, in all lives. Ends the program where it is stopped."""
-    code, message = verb.live(config)
+    code, message = live(task_of(config))
     if code != FINISHED:
         sys.exit(message)
     assert config.run_dir is not None
@@ -257,13 +257,13 @@ def main() -> None:
     found = out / "pretraining_pays.json"
     rows = [Row(**row) for row in json.loads(found.read_text())["rows"]] if found.exists() else []
     done = {(row.init, row.fraction) for row in rows}
-    minutes = 0.0 if options.pretrained else live(pretrain, pretraining(options, unlabelled))
+    minutes = 0.0 if options.pretrained else learn(pretraining(options, unlabelled))
     for fraction in FRACTIONS:
         for init in ("scratch", "pretrained"):
             if (init, fraction) in done:
                 continue
             config = tuning(options, shards, valid, init, fraction)
-            spent = live(finetune, config)
+            spent = learn(config)
             assert config.run_dir is not None
             labels = json.loads((config.run_dir / "labels.json").read_text())["train"]["words"]
             reader = Reader(recognizers.read(config.run_dir))

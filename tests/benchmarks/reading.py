@@ -29,8 +29,8 @@ import numpy as np
 import webdataset
 from torch.utils.data import DataLoader, Dataset
 
-from ccd_train.data.batches import Reader
-from ccd_train.data.loader import loader
+from ccd_train.data.batches import BatchReader
+from ccd_train.data.loader import Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus, Manifest, read_manifest, write_manifest
@@ -118,7 +118,7 @@ def compare_worker(source: Path, folder: Path, rounds: int) -> bool:
     corpus = shard(source, folder / "worker", 500)
     with LmdbReader(source) as lmdb:
         images = [np.frombuffer(lmdb.image(number) or b"", np.uint8) for number in range(1, len(lmdb) + 1)]
-    reader = Reader(corpus, Order(corpus.shard_samples, 0, WINDOW), "otsu")
+    reader = BatchReader(corpus, Order(corpus.shard_samples, 0, WINDOW), "otsu")
     cv2.setNumThreads(1)
 
     def floor(number: int) -> None:
@@ -170,10 +170,10 @@ def time_entry(folder: Path, source: Path, rounds: int) -> list[bool]:
         RawBatches(corpus, Order(corpus.shard_samples, number, WINDOW))[position // BATCH]
         raw.append(time.perf_counter() - start)
         corpus.close()
-        sizes = {"global_batch_size": BATCH, "micro_batch_size": BATCH, "rank": 0, "world_size": 1, "workers": 0}
+        share = Share(position, position + 10**6, BATCH, BATCH, 0, 1)
         start = time.perf_counter()
         order = Order(corpus.shard_samples, number + rounds, WINDOW)
-        with loader(corpus, order, start_position=position, end_position=position + 10**6, **sizes) as batches:  # type: ignore[arg-type]
+        with loader(corpus, order, share, workers=0) as batches:
             next(batches)
         whole.append(time.perf_counter() - start)
     print(f"opening 2,000 shards × 10,000 samples: {statistics.median(opening) * 1e3:.0f} ms (bar 1,000)")

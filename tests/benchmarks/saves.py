@@ -21,25 +21,26 @@ from ccd_train.config.options import read_recipe, to_dict
 from ccd_train.config.pretraining import Config
 from ccd_train.models import ccd
 from ccd_train.models.losses import Center
-from ccd_train.tasks.pretrain.run import Teacher
+from ccd_train.tasks.pretrain.weights import CENTER, TEACHER
 from ccd_train.training import checkpoint
+from ccd_train.training.average import Average
 from ccd_train.training.engine import Engine
 
 ROUNDS = 3
 
 
-def beside(teacher: Teacher, center: Center) -> dict[str, torch.Tensor]:
+def beside(teacher: Average[ccd.Teacher], center: Center) -> dict[str, torch.Tensor]:
     """What a pretraining keeps beside the engine's files."""
-    return teacher.state_dict() | {checkpoint.CENTER: center.value.to("cpu", copy=True)}
+    return teacher.state_dict() | {CENTER: center.value.to("cpu", copy=True)}
 
 
 def measure(name: str, folder: Path) -> str:
-    config = read_recipe(Config, name)
+    config = read_recipe(name, Config)
     config = replace(config, train=replace(config.train, micro_batch_size=2))
     torch.manual_seed(0)
     student = ccd.Student(config.model)
-    engine = Engine(student, config, config.optimizer.betas, accumulation=1)
-    teacher = Teacher(engine, ccd.Teacher(config.model))
+    engine = Engine(student, config, accumulation=1)
+    teacher = Average(engine, ccd.Teacher(config.model))
     center = Center(config.model.prototypes, distributed.device())
     engine.set_rates(1e-4, 0.04, frozen=())
     images, theta = torch.randn(2, 3, 32, 128), torch.eye(2, 3).expand(2, 2, 3)
@@ -53,7 +54,7 @@ def measure(name: str, folder: Path) -> str:
     for step in range(1, ROUNDS + 1):
         began = time.perf_counter()
         save = checkpoint.Save(
-            folder / name, engine, lambda: {checkpoint.TEACHER: beside(teacher, center)}, state | {"step": step}
+            folder / name, engine, lambda: {TEACHER: beside(teacher, center)}, state | {"step": step}
         )
         blocked.append(time.perf_counter() - began)
         problem = save.finish()

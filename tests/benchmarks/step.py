@@ -98,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    step = Step(read_recipe(Config, options.recipe), options.batch, device, dtype)
+    step = Step(read_recipe(options.recipe, Config), options.batch, device, dtype)
     parts = {"student": step.forward, "teacher": step.teach, "losses": step.losses, "backward": step.backward}
     operations: dict[str, int] = {}
     for name, part in parts.items():

@@ -10,17 +10,21 @@ pixel to pixel has its official strength at the native size.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from ccd_train.augment.photometric import reference
 from ccd_train.augment.photometric.chain import OPERATIONS, Table
 from ccd_train.augment.severities import RANGES, RESIZED, Chain, Group
 from ccd_train.data.masks import UndecodableImage, decode_rgb, resize_image
 from ccd_train.data.records import LmdbReader
 from ccd_train.draws import sample_keys
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import photometric_reference as reference
 
 PER_PIXEL = ("add_elementwise", "gaussian_noise", "laplace_noise", "poisson_noise", "multiply_elementwise")
 

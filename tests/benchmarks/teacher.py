@@ -22,26 +22,27 @@ from ranks import run_ranks
 from ccd_train import distributed
 from ccd_train.config.options import read_recipe
 from ccd_train.config.pretraining import Config
-from ccd_train.tasks.pretrain.run import begin
-from ccd_train.tasks.pretrain.step import train_step
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.run import begin
+from ccd_train.training.train import train_step
 from data_tools import convert, synth
 
 
 def alternate(config: Config, steps: int) -> tuple[float, float]:
     """Median seconds of a step and of an update with its all-gather."""
-    run = begin(config)
+    run = begin(Pretraining(config))
     train_step(run, logged=False)
     whole, alone = [], []
     for _ in range(steps):
         distributed.barrier()
         began = time.perf_counter()
         train_step(run, logged=False)
-        run.teacher.ready()
+        run.task.teacher.ready()
         whole.append(time.perf_counter() - began)
         distributed.barrier()
         began = time.perf_counter()
-        run.teacher.update(1.0)
-        run.teacher.ready()
+        run.task.teacher.update(1.0)
+        run.task.teacher.ready()
         alone.append(time.perf_counter() - began)
     run.close()
     return statistics.median(whole), statistics.median(alone)
@@ -58,7 +59,7 @@ def main() -> None:
         assert synth.main(["--out", str(folder / "lmdb"), "--num-samples", "400"]) == 0
         assert convert.main(["--src", str(folder / "lmdb"), "--out", str(folder / "shards"), "--name", "words"]) == 0
         for name in arguments.recipes:
-            config = read_recipe(Config, name)
+            config = read_recipe(name, Config)
             train = replace(config.train, micro_batch_size=arguments.batch, global_batch_size=None, threads=1)
             data = replace(config.data, shards=(folder / "shards",), workers=0)
             config = replace(config, run_dir=folder / name, train=train, data=data)

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/views.py [--batch 64] [--each]
 
 On a CPU, in processor time of one thread. The comparison draws the same operations with the same probabilities and
-ranges from a numpy generator, runs them with numpy, OpenCV and Pillow (augment/photometric/reference), warps with
+ranges from a numpy generator, runs them with numpy, OpenCV and Pillow (tests/photometric_reference), warps with
 cv2.warpAffine and finds regions with cv2.connectedComponentsWithStats.
 On a CUDA device: milliseconds and kernels of a batch, to be held against a training step.
 """
@@ -11,9 +11,11 @@ On a CUDA device: milliseconds and kernels of a batch, to be held against a trai
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,7 +24,6 @@ from torch import Tensor
 
 from ccd_train.augment.affine import Affine
 from ccd_train.augment.geometry import sample_theta
-from ccd_train.augment.photometric import reference
 from ccd_train.augment.photometric.chain import OPERATIONS, Operation, Table
 from ccd_train.augment.severities import Augment, Chain, Group
 from ccd_train.augment.views import MEAN, STD, Augmentation
@@ -30,6 +31,9 @@ from ccd_train.data.masks import decode_rgb, pseudo_mask, resize_image, resize_m
 from ccd_train.draws import sample_keys
 from ccd_train.models.regions import label_regions, warp_regions
 from data_tools.words import find_fonts, render
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import photometric_reference as reference
 
 OFFICIAL = 3.7  # ms a view of the official chain on one core
 FLOOR_OFFICIAL, FLOOR_CV2 = 5.0, 0.5

@@ -29,8 +29,9 @@ from ccd_train.config.options import read_recipe
 from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch
 from ccd_train.models import budget, ccd, regions
-from ccd_train.tasks.pretrain.run import Run, begin
-from ccd_train.tasks.pretrain.step import train_step
+from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.run import Run, begin
+from ccd_train.training.train import train_step
 
 WARM, TIMED, FED = 4, 12, 30
 COMPILE_SECONDS = 75  # that must be left for a compiled row
@@ -85,7 +86,7 @@ class Phases:
 
 
 def settings(part: Part, recipe: str, batch: int, deepspeed: str, **train: Any) -> Config:
-    config, run_dir = read_recipe(Config, recipe), part.out / "fast"
+    config, run_dir = read_recipe(recipe, Config), part.out / "fast"
     shutil.rmtree(run_dir, ignore_errors=True)
     return replace(
         config,
@@ -97,8 +98,8 @@ def settings(part: Part, recipe: str, batch: int, deepspeed: str, **train: Any) 
 
 
 @contextmanager
-def running(config: Config) -> Iterator[Run]:
-    run = begin(config)
+def running(config: Config) -> Iterator[Run[Pretraining]]:
+    run = begin(Pretraining(config))
     try:
         yield run
     finally:
@@ -114,7 +115,7 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(run: Run, steps: int) -> float:
+def seconds_of(run: Run[Pretraining], steps: int) -> float:
     """Of a step, the mean of so many."""
     wait_for_device()
     began = time.perf_counter()
@@ -175,16 +176,16 @@ def speed(part: Part, recipe: str, batch: int, compiled: bool, rate: float, deep
                      ratio=said * took / batch)  # fmt: skip
 
 
-def wrap_phases(run: Run) -> Phases:
+def wrap_phases(run: Run[Pretraining]) -> Phases:
     phases = Phases()
-    phases.wrap(run, "augmentation", "views")
+    phases.wrap(run.task, "augmentation", "views")
     phases.wrap(run.engine, "forward", "student and regions")
-    phases.wrap(run.teacher, "network", "teacher")
+    phases.wrap(run.task.teacher, "network", "teacher")
     phases.wrap(run.engine, "backward", "backward")
     phases.wrap(run.engine, "gradient_norms", "norms")
     phases.wrap(run.engine, "clip", "clipping")
     phases.wrap(run.engine, "step", "optimiser")
-    phases.wrap(run.teacher, "update", "EMA")
+    phases.wrap(run.task.teacher, "update", "EMA")
     return phases
 
 
@@ -225,7 +226,7 @@ def anatomy(part: Part, recipe: str, batch: int, compiled: bool) -> None:
         run.batches = fed
 
 
-def launches(part: Part, run: Run, recipe: str, batch: int) -> None:
+def launches(part: Part, run: Run[Pretraining], recipe: str, batch: int) -> None:
     """Kernels that one step launches, and where the host waits for the device."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()

@@ -20,7 +20,7 @@ from ccd_train.augment.views import Augmentation
 from ccd_train.config.options import read_recipe
 from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch
-from ccd_train.data.loader import loader, sample_order
+from ccd_train.data.loader import Share, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.draws import sample_keys
 from ccd_train.models.regions import label_regions
@@ -41,10 +41,10 @@ KILLED_AFTER, RESUMED_STEPS = 7, 12
 
 def a_batch(folder: Path, count: int) -> Batch:
     """The first words of a corpus."""
-    config, corpus = read_recipe(Config, "vit_nano"), Corpus.open((folder,))
+    config, corpus = read_recipe("vit_nano", Config), Corpus.open((folder,))
     order = sample_order(corpus, config.data, 0)
-    with loader(corpus, order, start_position=0, end_position=count, global_batch_size=count, micro_batch_size=count,
-                rank=0, world_size=1, workers=0, mask_mode="otsu", max_damaged=0.1) as batches:  # fmt: skip
+    share = Share(0, count, count, count, 0, 1)
+    with loader(corpus, order, share, workers=0, mask_mode="otsu", max_damaged=0.1) as batches:
         return next(batches)
 
 
@@ -57,7 +57,7 @@ def compare_views(part: Part, words: Path) -> bool:
     ids = torch.equal(label_regions(host.pseudo_mask), label_regions(there.pseudo_mask).cpu())
     part.add("views and regions against the CPU", what="regions of pseudo-masks", images=len(keys), equal=ids)
     for severity in ("vit_small", "vit_nano"):
-        config = read_recipe(Config, severity)
+        config = read_recipe(severity, Config)
         augmentation = Augmentation(config.augment, config.affine)
         ours, theirs = augmentation(host.images_u8, host.native_size, keys), None
         theirs = augmentation(there.images_u8, there.native_size.cpu(), keys)

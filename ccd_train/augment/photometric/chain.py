@@ -95,7 +95,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ChainStage:
     """One group of a chain for one batch of N images, on the host."""
 
     order: Tensor  # int64 [N]: which image stands where; those that draw nothing stand last
@@ -136,7 +136,7 @@ class Table:
                     self.low[place], self.span[place], self.whole[place] = low, high - low, name in WHOLE
         self.span += self.whole  # both ends are possible: the floor of a draw from [low, high + 1)
 
-    def stage(self, keys: Tensor, skip: Tensor) -> Stage:
+    def stage(self, keys: Tensor, skip: Tensor) -> ChainStage:
         """What images with these keys [N] draw; none where skip [N]."""
         draws = field(keys, self.name, 2 + self.low.shape[1])
         chosen = torch.bucketize(draws[:, 1].double(), self.bounds[:-1], right=True)
@@ -153,7 +153,7 @@ class Table:
             if stop > start
         ]
         seeds = mix(keys, self.words[chosen])
-        return Stage(order, seeds[order], drawn[order], slices)
+        return ChainStage(order, seeds[order], drawn[order], slices)
 
 
 class Runner:

@@ -26,20 +26,20 @@ BRIGHTEST = 2.0  # deviations from the mean that reach the end of the colour sca
 
 
 @dataclass(frozen=True)
-class Words:
+class FixedWords:
     images_u8: Tensor
     """uint8 [N, 3, H, W], RGB."""
     ids: Tensor
     """uint8 [N, H, W]: regions."""
 
 
-def words(images_u8: Tensor, pseudo_mask: Tensor) -> Words:
+def fixed_words(images_u8: Tensor, pseudo_mask: Tensor) -> FixedWords:
     """Of images [N, 3, H, W] and their masks [N, H, W]."""
-    return Words(images_u8, label_regions(pseudo_mask))
+    return FixedWords(images_u8, label_regions(pseudo_mask))
 
 
 @torch.no_grad()
-def draw(vit: VisionTransformer, shown: Words) -> dict[str, np.ndarray]:
+def draw(vit: VisionTransformer, shown: FixedWords) -> dict[str, np.ndarray]:
     """Two sheets uint8 [·, ·, 3] RGB by name: patch tokens, and each character's nearest neighbours."""
     device, training = next(vit.parameters()).device, vit.training
     vit.eval()

@@ -37,7 +37,7 @@ FOLD = str.maketrans(SAME_IN_BOTH_CASES, SAME_IN_BOTH_CASES.upper())
 
 
 @dataclass(frozen=True)
-class Words:
+class ProbeWords:
     """Usable words: as many regions as letters."""
 
     images_u8: Tensor
@@ -47,11 +47,11 @@ class Words:
     labels: tuple[str, ...]
     """The letters of each, without spaces."""
     read: int
-    """Words with a label that were looked at, usable or not."""
+    """ProbeWords with a label that were looked at, usable or not."""
 
 
 @dataclass(frozen=True)
-class Score:
+class ProbeScore:
     linear: float
     """Accuracy of the linear classifier on the held-out words' letters."""
     knn: float
@@ -65,7 +65,7 @@ class Score:
     classes: int
 
 
-def read_words(folders: Sequence[Path], limit: int) -> Words:
+def read_words(folders: Sequence[Path], limit: int) -> ProbeWords:
     """The usable ones among the first `limit` labelled words that can be decoded. UserError where there are none."""
     images: list[np.ndarray] = []
     masks: list[np.ndarray] = []
@@ -97,16 +97,16 @@ def read_words(folders: Sequence[Path], limit: int) -> Words:
             f"{2 * HELD_OUT}; raise --words or give other words"
         )
     pixels = torch.from_numpy(np.stack([images[index] for index in usable])).permute(0, 3, 1, 2).contiguous()
-    return Words(pixels, ids[usable], tuple(labels[index] for index in usable), len(labels))
+    return ProbeWords(pixels, ids[usable], tuple(labels[index] for index in usable), len(labels))
 
 
-def probe(vit: VisionTransformer, words: Words) -> Score:
+def probe(vit: VisionTransformer, words: ProbeWords) -> ProbeScore:
     """Scores a backbone, which may be of any type and on any device; it is left in the mode that it was in."""
     features, classes, word = characters(vit, words)
     held_out = word % HELD_OUT == HELD_OUT - 1
     train, test = features[~held_out], features[held_out]
     known, wanted = classes[~held_out], classes[held_out]
-    return Score(
+    return ProbeScore(
         linear=_accuracy(_linear(train, known, test), wanted),
         knn=_accuracy(_nearest(train, known, test), wanted),
         chance=int(wanted.bincount().max()) / len(wanted),
@@ -117,7 +117,7 @@ def probe(vit: VisionTransformer, words: Words) -> Score:
 
 
 @torch.no_grad()
-def characters(vit: VisionTransformer, words: Words) -> tuple[Tensor, Tensor, Tensor]:
+def characters(vit: VisionTransformer, words: ProbeWords) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled features float32 [M, D], classes [M] and word numbers [M] of all letters and digits, on the CPU."""
     device, training = next(vit.parameters()).device, vit.training
     vit.eval()

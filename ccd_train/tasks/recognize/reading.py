@@ -23,7 +23,7 @@ from ccd_train.weights.recognizer import Trained
 
 
 @dataclass(frozen=True)
-class Source:
+class RecognizerSource:
     """Which recogniser reads."""
 
     weights: Path | None = None

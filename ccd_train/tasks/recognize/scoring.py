@@ -6,8 +6,7 @@ A rule says what of label and text is compared. An unknown character is kept by 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from rapidfuzz.distance import Levenshtein
 
@@ -27,18 +26,6 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Score:
-    words: int
-    correct: int
-    similarity: float
-    """Mean of 1 − edit distance / length of the longer of label and text; the field's 1 − NED."""
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.words
-
-
 def same(text: str, label: str, rule: str) -> bool:
     """Whether the text is the label under a rule of RULES; never with an unknown character, whatever the label."""
     return UNKNOWN not in text and RULES[rule](text) == RULES[rule](label)
@@ -47,11 +34,3 @@ def same(text: str, label: str, rule: str) -> bool:
 def similarity(text: str, label: str, rule: str) -> float:
     """1 − Levenshtein distance / length of the longer one, under a rule; 1 where both are empty."""
     return Levenshtein.normalized_similarity(RULES[rule](text), RULES[rule](label))
-
-
-def score(pairs: Iterable[tuple[str, str]], rule: str) -> Score:
-    """Scores pairs of (text, label), of which there must be one or more."""
-    words = list(pairs)
-    assert words, "a score of nothing"
-    correct = sum(same(text, label, rule) for text, label in words)
-    return Score(len(words), correct, sum(similarity(text, label, rule) for text, label in words) / len(words))

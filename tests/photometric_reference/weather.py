@@ -8,7 +8,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from ccd_train.augment.photometric.reference.noise import Draw, Image, salt_grey
+from photometric_reference.noise import Draw, Image, salt_grey
 
 __all__ = ["clouds", "fog", "rain", "snow"]
 

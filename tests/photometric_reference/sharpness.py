@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 
-from ccd_train.augment.photometric.reference.noise import Draw, Image
+from photometric_reference.noise import Draw, Image
 
 __all__ = [
     "average_blur",

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ccd_train.augment.photometric.reference import color, contrast, noise, sharpness, weather
-from ccd_train.augment.photometric.reference.noise import Draw, Image
+from photometric_reference import color, contrast, noise, sharpness, weather
+from photometric_reference.noise import Draw, Image
 
 Reference = Callable[..., Image]
 

@@ -8,7 +8,7 @@ import math
 import cv2
 import numpy as np
 
-from ccd_train.augment.photometric.reference.noise import Draw, Image
+from photometric_reference.noise import Draw, Image
 
 __all__ = [
     "add_hue_saturation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from ccd_train.augment.photometric.reference.noise import Draw, Image
+from photometric_reference.noise import Draw, Image
 
 __all__ = [
     "clahe",
