@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import Tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ccd_train.commands import export, probe
 from ccd_train.errors import UserError
@@ -21,6 +21,7 @@ from ccd_train.models.ccd import Teacher
 from ccd_train.tasks.pretrain.weights import TEACHER, open_weights, read_weights
 from ccd_train.training import checkpoint
 from ccd_train.weights import backbone as weights
+from ccd_train.weights import official
 
 SMALL = {
     "model": {
@@ -109,7 +110,7 @@ def test_a_run_goes_out_in_the_official_layout_and_comes_back(run_dir: Path, tmp
     assert export.main(["--weights", str(run_dir), "--out", str(path), "--lossy"]) == 0
     back, run = weights.read(path, heads=2), open_weights(run_dir)
     for name, tensor in run.teacher.items():
-        if name != weights.EMBEDDING:
+        if name != official.EMBEDDING:
             assert torch.equal(back.teacher[name], tensor), name
     assert back.model.freeze_gain
 
@@ -117,7 +118,7 @@ def test_a_run_goes_out_in_the_official_layout_and_comes_back(run_dir: Path, tmp
 def test_the_backbone_alone_is_read_in_three_lines(run_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "vit.safetensors"
     assert export.main(["--weights", str(run_dir), "--format", "backbone", "--out", str(path)]) == 0
-    vit = weights.read_backbone(path)
+    vit = weights.read_backbone(path).network()
     teacher = Teacher(open_weights(run_dir).model)
     teacher.load_state_dict(open_weights(run_dir).teacher)
     images = torch.randn(2, 3, 32, 128)
@@ -146,9 +147,10 @@ def test_the_backbone_bears_the_names_of_timm(run_dir: Path, tmp_path: Path) -> 
 
 def test_what_is_no_backbone_is_refused(run_dir: Path, tmp_path: Path) -> None:
     assert export.main(["--weights", str(run_dir), "--out", str(tmp_path)]) == 0
-    with pytest.raises(UserError, match="not a backbone"):
-        weights.read_backbone(tmp_path / "teacher.safetensors")
-    with pytest.raises(UserError, match="cannot be read"):
+    save_file({"number": torch.zeros(1)}, tmp_path / "config.safetensors")
+    with pytest.raises(UserError, match="no teacher, no student, and no ViT of ours"):
+        weights.read_backbone(tmp_path / "config.safetensors")
+    with pytest.raises(UserError, match="not a checkpoint"):
         weights.read_backbone(tmp_path / "config.json")
 
 

@@ -271,10 +271,6 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         ({"init": str(tmp_path / "nothing")}, "nothing: no such file or folder"),
         ({"init": str(GOLDEN / "official_layout.pth")}, "another network .*model.width: 32 → 16"),
         ({"init": str(tmp_path / "recognizer")}, "--init .*another network .*recognizer.layers: 2 → 1"),
-        (
-            {"init": str(tmp_path / "recognizer"), "data": {"charset": "36"}},
-            "--init .*recognizer: its charset is DICT90, this run's 36; set --data.charset DICT90",
-        ),
         ({"model": {"heads": 3}}, "model.heads = 3: must divide"),
     ]
     configs = [tuned(tiny, tmp_path / f"run{number}", **changes) for number, (changes, _) in enumerate(cases)]

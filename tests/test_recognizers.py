@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,7 @@ def test_checkpoints_that_are_no_recognizer_are_refused(tmp_path: Path, content:
 
 
 def test_a_pretraining_is_not_a_recognizer(tmp_path: Path) -> None:
-    weights.write_export(tmp_path, weights.read_official(GOLDEN / "official_layout.pth", META["num_heads"]), {})
+    weights.write_export(tmp_path, weights.read(GOLDEN / "official_layout.pth", META["num_heads"]), {})
     with pytest.raises(UserError, match=r"no recogniser here .*; of a pretraining make one with ccd-train finetune"):
         recognizers.read(tmp_path)
     with pytest.raises(UserError, match=r"no recogniser .its format is 'pt'.; .* ccd-train finetune"):
@@ -224,3 +226,19 @@ def test_the_same_recogniser_gives_the_same_bytes(tmp_path: Path) -> None:
     assert len(contents) == 1
     back = recognizers.read(tmp_path / "0.safetensors")
     assert all(torch.equal(back.state[name], value) for name, value in trained.state.items())
+
+
+def test_what_fits_is_kept_for_other_letters_and_longer_words(
+    folder: Path, trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No tensor depends on the length; of another charset only the letters' own tensors begin anew."""
+    path, charset = folder / "export", read_charset("62")
+    network = Recognizer(MODEL, replace(SIZES, length=60), charset.classes)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    config_ = FineTuning(init=path, model=MODEL, recognizer=replace(SIZES, length=60))
+    with caplog.at_level(logging.WARNING):
+        start_from(config_, charset, network)
+    fresh = ("decoder.embedding.", "decoder.classifier.")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith(fresh) else trained.state[name]), name
+    assert "begin at random, the rest is kept" in caplog.text

@@ -26,8 +26,9 @@ from ccd_train.models.losses import Center, distillation_loss, segmentation_loss
 from ccd_train.models.recognizer import Recognizer, recognition_loss
 from ccd_train.models.regions import MIN_PIXELS, SLOTS, label_regions, pool
 from ccd_train.training import schedules
-from ccd_train.weights.backbone import load, read_official
+from ccd_train.weights.backbone import read as read_official
 from ccd_train.weights.recognizer import read_official as read_recognizer
+from ccd_train.weights.tensors import load
 
 FOLDER = Path(os.environ.get("CCD_GOLDEN_DIR", Path(__file__).parent / "golden"))
 DEVICE = torch.device(os.environ.get("CCD_TEST_DEVICE", "cpu"))

@@ -21,6 +21,8 @@ from ccd_train.config.pretraining import Model
 from ccd_train.errors import UserError
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.weights import backbone as weights
+from ccd_train.weights import official as layout
+from ccd_train.weights import tensors
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
 HEADS = json.loads((OFFICIAL.parent / "meta.json").read_text())["num_heads"]
@@ -41,8 +43,8 @@ def fresh(model: Model = NANO, seed: int = 0) -> weights.Weights:
 
 def resizable(found: weights.Weights) -> weights.Weights:
     """The same with a position embedding that an official one can give."""
-    embedding = weights.resize_embedding(torch.randn(1, 256, found.model.width))
-    states = {name: {**getattr(found, name), weights.EMBEDDING: embedding} for name in weights.NETWORKS}
+    embedding = layout.resize_embedding(torch.randn(1, 256, found.model.width))
+    states = {name: {**getattr(found, name), layout.EMBEDDING: embedding} for name in weights.NETWORKS}
     return replace(found, **states)
 
 
@@ -85,7 +87,7 @@ def test_only_the_teacher_s_file_stands_for_its_export(tmp_path: Path) -> None:
 
 def test_official_in_and_out_again_changes_nothing_that_is_used(tmp_path: Path) -> None:
     """All but conv_mla comes back with its value; the position embedding with what the official code makes of it."""
-    residual = weights.write_official(tmp_path / "again.pth", weights.read_official(OFFICIAL, HEADS))
+    residual = weights.write_official(tmp_path / "again.pth", weights.read(OFFICIAL, HEADS))
     assert residual < 1e-6
     before, after = official(), official(tmp_path / "again.pth")
     for network in weights.NETWORKS:
@@ -96,7 +98,7 @@ def test_official_in_and_out_again_changes_nothing_that_is_used(tmp_path: Path) 
             if name.endswith("num_batches_tracked"):
                 continue
             if name.endswith("pos_embed"):
-                old, new = weights.resize_embedding(old), weights.resize_embedding(new)
+                old, new = layout.resize_embedding(old), layout.resize_embedding(new)
                 torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
             else:
                 assert torch.equal(new, old.float()), name
@@ -123,8 +125,8 @@ def test_a_position_embedding_that_has_no_official_form_is_refused_unless_lossy(
         weights.write_official(tmp_path / "ours.pth", found)
     assert not (tmp_path / "ours.pth").exists()
     residual = weights.write_official(tmp_path / "ours.pth", found, lossy=True)
-    back = weights.read(tmp_path / "ours.pth").student[weights.EMBEDDING]
-    embedding = found.student[weights.EMBEDDING]
+    back = weights.read(tmp_path / "ours.pth").student[layout.EMBEDDING]
+    embedding = found.student[layout.EMBEDDING]
     assert float((back - embedding).norm() / embedding.norm()) == pytest.approx(residual, rel=0.2)
     assert residual > weights.LARGEST_RESIDUAL
 
@@ -132,10 +134,10 @@ def test_a_position_embedding_that_has_no_official_form_is_refused_unless_lossy(
 def test_the_closest_embedding_is_the_closest() -> None:
     """No small step from it, in any of 50 directions, comes closer."""
     wanted = torch.randn(1, 256, 3, generator=torch.Generator().manual_seed(0))
-    closest, residual = weights.official_embedding(wanted)
+    closest, residual = layout.official_embedding(wanted)
     for seed in range(50):
         step = 0.02 * torch.randn(closest.shape, generator=torch.Generator().manual_seed(seed))
-        other = (weights.resize_embedding(closest + step) - wanted).norm() / wanted.norm()
+        other = (layout.resize_embedding(closest + step) - wanted).norm() / wanted.norm()
         assert other > residual
 
 
@@ -190,14 +192,14 @@ def cut(content: dict[str, Any]) -> None:
 def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], None], named: str, tmp_path: Path) -> None:
     path = changed(tmp_path / "changed.pth", change)
     with pytest.raises(UserError, match=named) as refusal:
-        weights.read_official(path, HEADS)
+        weights.read(path, HEADS)
     assert "\n" not in str(refusal.value)
 
 
 def test_loading_into_another_network_names_what_differs() -> None:
     with pytest.raises(UserError, match=r"projection\.prototypes\.direction is 48×16 instead of 24×16"):
-        weights.load(Student(replace(NANO, prototypes=24)), fresh().student, "a test")
-    weights.load(Teacher(NANO), fresh().teacher, "a test")
+        tensors.load(Student(replace(NANO, prototypes=24)), fresh().student, "a test")
+    tensors.load(Teacher(NANO), fresh().teacher, "a test")
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
 def test_torchscript_is_told_from_a_checkpoint(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"for torch\.jit\.load; give the run it comes from, or its \.safetensors"):
-        weights.read_tensors(tmp_path / "x.pt")
+        tensors.read_tensors(tmp_path / "x.pt")
 
 
 def test_a_broken_pickle_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_a_broken_pickle_is_refused_in_one_line(tmp_path: Path) -> None:
             for name, part in contents.items():
                 archive.writestr(name, content if part is pickled else part)
         try:
-            weights.read_tensors(broken)
+            tensors.read_tensors(broken)
         except UserError as refusal:
             refused += 1
             assert str(refusal).startswith(f"{broken}: ") and "\n" not in str(refusal)
@@ -327,3 +329,80 @@ def test_the_command_ends_with_code_2_and_no_traceback() -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def saved(path: Path, content: dict[str, Any]) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_a_backbone_is_taken_from_whatever_holds_one(tmp_path: Path) -> None:
+    """The teacher alone, other suffixes, wrapped names, our own names, an export, an exported ViT: the same tensors."""
+    found = resizable(fresh())
+    weights.write_official(tmp_path / "both.pth", found)
+    both = torch.load(tmp_path / "both.pth")
+    teacher = both["teacher"]
+    vit = {name: value for name, value in teacher.items() if ".backbone." in name}
+    weights.write_export(tmp_path / "export", found, {})
+    weights.write_backbone(tmp_path / "vit.safetensors", found.teacher, found.model)
+    compiled = {name.replace("module.", "_orig_mod.module."): value for name, value in teacher.items()}
+    files = [
+        (tmp_path / "both.pth", "official"), (saved(tmp_path / "teacher.pth", {"teacher": teacher}), "official"),
+        (saved(tmp_path / "checkpoint.pth.tar", both), "official"), (saved(tmp_path / "no_suffix", both), "official"),
+        (saved(tmp_path / "vit_only.bin", {"teacher": vit}), "official"),
+        (saved(tmp_path / "compiled.pth", {"teacher": compiled}), "official"),
+        (saved(tmp_path / "zero_to_fp32.bin", dict(found.teacher)), "ours"),
+        (saved(tmp_path / "wrapped.pt", {f"module.{name}": value for name, value in found.teacher.items()}), "ours"),
+        (tmp_path / "export", "ours"), (tmp_path / "export/teacher.safetensors", "ours"),
+        (tmp_path / "vit.safetensors", "ours"),
+    ]  # fmt: skip
+    wanted = {name.removeprefix("vit."): value for name, value in found.teacher.items() if name.startswith("vit.")}
+    for path, names in files:
+        backbone = weights.read_backbone(path, NANO.heads)
+        assert (backbone.width, backbone.depth, backbone.heads) == (NANO.width, NANO.depth, NANO.heads), path
+        for name, value in backbone.state.items():
+            if names == "ours" or name != "position_embedding":
+                assert torch.equal(value, wanted[name]), (path, name)
+        torch.testing.assert_close(
+            backbone.state["position_embedding"], wanted["position_embedding"], atol=1e-3, rtol=0
+        )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    found = resizable(fresh())
+    weights.write_official(tmp_path / "whole.pth", found)
+    broken = torch.load(tmp_path / "whole.pth")
+    broken["teacher"]["module.backbone.blocks.3.mlp.fc1.weight"][0, 0] = value
+    path, refused = (
+        saved(tmp_path / "broken.pth", broken),
+        r"broken\.pth.*blocks\.3\.mlp\.0\.weight holds NaN or infinite",
+    )
+    for read in (weights.read, weights.read_backbone):
+        with pytest.raises(UserError, match=refused):
+            read(path)
+    with pytest.raises(UserError, match=refused):
+        export.main(["--weights", str(path), "--out", str(tmp_path / "export")])
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"), (b"", "cut short"), (b"\x80\x02}q\x00.", "not a checkpoint of torch"),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_weights_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    for read in (weights.read, weights.read_backbone):
+        with pytest.raises(UserError, match=said):
+            read(path)
+
+
+def test_a_foreign_checkpoint_names_a_few_tensors(tmp_path: Path) -> None:
+    path = saved(tmp_path / "foreign.pth", {f"layer{number}.weight": torch.zeros(1) for number in range(100)})
+    with pytest.raises(UserError, match=r"layer4\.weight, and 95 more") as refused:
+        weights.read_backbone(path)
+    assert len(str(refused.value)) < 300

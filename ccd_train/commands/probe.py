@@ -15,7 +15,7 @@ from ccd_train.config.run import require
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.tasks.pretrain.probe import HELD_OUT, NEIGHBOURS, probe, read_words
 from ccd_train.tasks.pretrain.weights import open_weights
-from ccd_train.weights.backbone import load
+from ccd_train.weights.tensors import load
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,21 @@
-"""Weights in files: official checkpoints in and out, and our own exports.
+"""The networks of a pretraining in files: exports of ours, official checkpoints, and the ViT alone.
 
 An export is a folder with `config.json`, `teacher.safetensors` and `student.safetensors`. An official checkpoint is a
-`.pth` with `teacher` and `student`, whose names begin with `module.` (the wrapper of its training loop). The ViT
-alone is one file under timm's names. Whatever does not fit is listed by name and refused. Nothing read here can run
-code.
-
-The position embedding is the one tensor that the two do not share. The official code stores a 16×16 grid and resizes
-it to 8×32 on every forward pass; ours is the 8×32 grid itself. In: the resize is done once, exactly. Out: a 16×16 grid
-whose resize comes closest, because the resize maps onto a space half as large.
+`.pth` with `teacher` and `student`. The ViT alone is one file under timm's names. Whatever does not fit is named and
+refused, NaN as well. Nothing read here can run code.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import re
-import struct
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ccd_train.config.options import to_dict
 from ccd_train.config.pretraining import Model
@@ -37,55 +23,42 @@ from ccd_train.config.stored import from_stored
 from ccd_train.errors import UserError
 from ccd_train.files import replace_file, write_json
 from ccd_train.models.ccd import Student, Teacher
-from ccd_train.models.vit import GRID, VisionTransformer
+from ccd_train.models.vit import VisionTransformer
+from ccd_train.weights.official import (
+    EMBEDDING,
+    OFFICIAL_TAPS,
+    OFFICIAL_UNUSED,
+    depth_of,
+    from_official,
+    heads_of,
+    official_name,
+    official_sizes,
+    to_official,
+)
+from ccd_train.weights.tensors import (
+    State,
+    is_named,
+    is_safetensors,
+    is_torch,
+    read_safetensors,
+    read_tensors,
+    refuse_infinite,
+    refuse_misfits,
+    refuse_strange,
+    shapes_of,
+    some,
+    unwrapped,
+)
 from ccd_train.weights.writing import serialize, unwritable, write_whole
 
-State = dict[str, Tensor]
 NETWORKS: dict[str, type[Student] | type[Teacher]] = {"teacher": Teacher, "student": Student}
 FORMAT = "ccd_train weights 1"
 CONFIG = "config.json"
-NAMED = 5  # tensors that an error names
 TEACHER = "teacher.safetensors"
-
 BACKBONE_SIZES = ("width", "depth", "heads")  # in the metadata of a backbone by itself
+OFFICIAL_BESIDE = re.compile(r"^backbone\.norm_seg\.")  # in the official backbone, but for the segmentation head
 BACKBONE_PREFIX = re.compile(r"^backbone\.")  # without it the official names are timm's
-OFFICIAL_TAPS = (2, 4, 6)
-OFFICIAL_HEAD_WIDTH = 64  # width / heads of the official tiny, small and base
-OFFICIAL_GRID = 16
-EMBEDDING = "vit.position_embedding"
 LARGEST_RESIDUAL = 1e-3  # of an exported position embedding, relative to its own length
-# What the readers of zip, pickle and torch raise for damaged content.
-DAMAGE = (
-    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OverflowError),
-    *(UnpicklingError, struct.error, zipfile.BadZipFile),
-)
-
-# Ours → official, in this order. The digits in nn.Sequential stand for the layers at these places.
-OFFICIAL_NAMES = (
-    (r"^vit\.patch_embedding\.", "backbone.patch_embed.proj."),
-    (r"^vit\.position_embedding$", "backbone.pos_embed"),
-    (r"^vit\.tap_norms\.", "backbone.norm_seg."),
-    (r"^vit\.", "backbone."),
-    (r"\.attention_norm\.", ".norm1."),
-    (r"\.mlp_norm\.", ".norm2."),
-    (r"\.attention\.qkv\.", ".attn.qkv."),
-    (r"\.attention\.projection\.", ".attn.proj."),
-    (r"(\.blocks\.\d+\.mlp)\.0\.", r"\1.fc1."),
-    (r"(\.blocks\.\d+\.mlp)\.2\.", r"\1.fc2."),
-    (r"^projection\.prototypes\.direction$", "head.last_layer.weight_v"),
-    (r"^projection\.prototypes\.gain$", "head.last_layer.weight_g"),
-    (r"^projection\.", "head."),
-    (r"^segmentation\.branches\.0\.", "segmentation.mlahead.head2."),
-    (r"^segmentation\.branches\.1\.", "segmentation.mlahead.head3."),
-    (r"^segmentation\.branches\.2\.", "segmentation.mlahead.head4."),
-    (r"^segmentation\.upsampling\.([01])\.", r"segmentation.unpool1.\1."),
-    (r"^segmentation\.upsampling\.3\.", "segmentation.unpool2.0."),
-    (r"^segmentation\.upsampling\.4\.", "segmentation.unpool2.1."),
-    (r"^segmentation\.classifier\.", "segmentation.cls."),
-    (r"\.running_variance$", ".running_var"),
-)
-# In official checkpoints, but without effect on any output of the official code.
-OFFICIAL_UNUSED = re.compile(r"^backbone\.cls_token$|^segmentation\.conv_mla\.|\.num_batches_tracked$")
 
 
 @dataclass(frozen=True)
@@ -98,27 +71,84 @@ class Weights:
     origin: str
     """Where they come from, for messages."""
 
+    def __post_init__(self) -> None:
+        for name in NETWORKS:
+            refuse_infinite(getattr(self, name), f"{self.origin}: {name}")
+
+    @property
+    def backbone(self) -> Backbone:
+        """The teacher's ViT."""
+        state = {name.removeprefix("vit."): value for name, value in self.teacher.items() if name.startswith("vit.")}
+        return backbone_of(state, self.model.heads, self.origin)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ViT by itself, on the CPU in float32: all that fine-tuning starts from."""
+
+    width: int
+    depth: int
+    heads: int
+    state: State
+    """By our names, without the norms of the taps, which belong to the segmentation head."""
+    origin: str
+
+    def network(self) -> VisionTransformer:
+        """The ViT, in evaluation mode; it returns tokens and no taps."""
+        vit = VisionTransformer(self.width, self.depth, self.heads, taps=())
+        vit.load_state_dict(self.state)
+        return vit.eval()
+
 
 def read(path: Path, heads: int | None = None) -> Weights:
-    """An export (its folder or teacher.safetensors in it) or an official checkpoint (.pth). Raises UserError.
+    """An export (its folder or teacher.safetensors in it) or an official checkpoint. Raises UserError.
 
     heads: the attention heads of an official checkpoint whose width is not 64 a head, which its tensors do not tell.
     """
-    if path.suffix in (".pth", ".pt"):
-        return read_official(path, heads)
+    if is_torch(path):
+        return _of_official(read_tensors(path), heads, path)
     folder = path.parent if path.suffix == ".safetensors" else path
     if (folder / CONFIG).is_file():
         if path not in (folder, folder / TEACHER):  # another file would be taken for the teacher
             raise UserError(f"{path}: only {TEACHER} or its folder stand for an export; give one of them")
         return read_export(folder)
-    raise UserError(f"{path}: no weights here; give an export folder (with {CONFIG}) or an official .pth file")
+    if path.is_file() and not is_safetensors(path):
+        raise refuse_strange(path)
+    what = "a ViT alone, which --init of finetune takes" if path.is_file() else f"no weights here (no {CONFIG})"
+    raise UserError(f"{path}: {what}; give a run folder, an export folder or an official .pth")
 
 
-def load(network: nn.Module, state: State, origin: str) -> None:
-    """Loads every tensor of the state into the network; UserError lists what does not fit."""
-    wanted = network.state_dict()
-    refuse_misfits({name: tuple(tensor.shape) for name, tensor in wanted.items()}, state, origin)
-    network.load_state_dict(state)
+def read_backbone(path: str | Path, heads: int | None = None) -> Backbone:
+    """The ViT of any file of weights: what `read` takes, one network of an official checkpoint, an exported ViT, or a
+    student's tensors by our own names, as DeepSpeed's zero_to_fp32.py writes them. Raises UserError.
+    """
+    path = Path(path)
+    if is_torch(path):
+        return _of_tensors(read_tensors(path), heads, path)
+    if not is_safetensors(path) or path.name == TEACHER:
+        return read(path, heads).backbone
+    tensors, metadata = read_safetensors(path, "export the backbone again")
+    if all(metadata.get(name, "").isdigit() for name in BACKBONE_SIZES):
+        vit = VisionTransformer(*(int(metadata[name]) for name in BACKBONE_SIZES), taps=())
+        names = {name: BACKBONE_PREFIX.sub("", official_name(f"vit.{name}")) for name in vit.state_dict()}
+        wanted = {names[name]: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+        refuse_misfits(wanted, tensors, str(path))
+        return backbone_of({name: tensors[names[name]] for name in names}, int(metadata["heads"]), str(path))
+    return _of_tensors(tensors, heads, path)
+
+
+def backbone_of(state: State, heads: int, origin: str) -> Backbone:
+    """A ViT from its tensors by our names. UserError if they are not those of one."""
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith("tap_norms.")}
+    embedding = state.get("position_embedding")
+    if embedding is None or embedding.dim() != 3:
+        raise UserError(
+            f"{origin}: no position embedding [1, N, D] of a ViT; it holds {some(list(state)) or 'nothing'}"
+        )
+    width, depth = embedding.shape[2], depth_of(state)
+    refuse_misfits(shapes_of(lambda: VisionTransformer(width, depth, heads, taps=())), state, origin)
+    refuse_infinite(state, origin)
+    return Backbone(width, depth, heads, state, origin)
 
 
 def write_export(folder: Path, weights: Weights, about: dict[str, Any]) -> None:
@@ -153,36 +183,9 @@ def read_export(folder: Path) -> Weights:
     states = {}
     for name, kind in NETWORKS.items():
         path = folder / f"{name}.safetensors"
-        try:
-            states[name] = load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); export the weights again") from None
+        states[name], _ = read_safetensors(path, "export the weights again")
         refuse_misfits(shapes_of(partial(kind, model)), states[name], str(path))
     return Weights(model, states["teacher"], states["student"], str(folder))
-
-
-def read_official(path: Path, heads: int | None = None) -> Weights:
-    """An official checkpoint as ours. Tensors that the official forward pass never uses are left behind."""
-    checkpoint = read_tensors(path)
-    missing = [name for name in NETWORKS if not isinstance(checkpoint.get(name), dict)]
-    if missing:
-        held = ", ".join(map(str, checkpoint)) or "nothing"
-        raise UserError(
-            f"{path}: no {' and no '.join(missing)} in it (it holds {held}); not an official CCD checkpoint"
-        )
-    odd = [f"{name}: {key!r}" for name in NETWORKS for key, item in checkpoint[name].items() if not is_named(key, item)]
-    if odd:
-        raise UserError(f"{path}: {', '.join(odd)}: no tensors with names; not an official CCD checkpoint")
-    states = {
-        name: {key.removeprefix("module."): tensor for key, tensor in checkpoint[name].items()} for name in NETWORKS
-    }
-    model = _official_sizes(states["student"], heads, path)
-    model.check()
-    converted = {
-        name: from_official(states[name], shapes_of(partial(kind, model)), official_name, OFFICIAL_UNUSED, str(path))
-        for name, kind in NETWORKS.items()
-    }
-    return Weights(model, converted["teacher"], converted["student"], str(path))
 
 
 def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
@@ -204,13 +207,8 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
         )
     checkpoint, residual = {}, 0.0
     for name in NETWORKS:
-        state = dict(getattr(weights, name))
-        state[EMBEDDING], lost = official_embedding(state[EMBEDDING])
+        official, lost = to_official(getattr(weights, name), weights.model.width)
         residual = max(residual, lost)
-        official = {official_name(key): tensor for key, tensor in state.items()}
-        official["backbone.cls_token"] = torch.zeros(1, 1, weights.model.width)
-        for key in [key for key in official if key.endswith(".running_mean")]:
-            official[key.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
         checkpoint[name] = {f"module.{key}": tensor for key, tensor in official.items()}
     if residual > LARGEST_RESIDUAL and not lossy:
         raise UserError(
@@ -231,149 +229,44 @@ def write_backbone(path: Path, state: State, model: Model) -> None:
     write_whole(path, serialize(tensors, {"format": "pt", **sizes}))
 
 
-def read_backbone(path: str | Path) -> VisionTransformer:
-    """The ViT of a file that write_backbone wrote, in evaluation mode; it returns tokens and no taps. UserError."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata, official = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the backbone again") from None
-    if not all(metadata.get(name, "").isdigit() for name in BACKBONE_SIZES):
-        raise UserError(
-            f"{path}: not a backbone (no {', '.join(BACKBONE_SIZES)}); see ccd-train export --format backbone"
+def _of_official(checkpoint: dict[Any, Any], heads: int | None, path: Path) -> Weights:
+    missing = [name for name in NETWORKS if not isinstance(checkpoint.get(name), dict)]
+    if missing:
+        held = some(list(map(str, checkpoint))) or "nothing"
+        alone = "; the backbone of one network is enough for finetune --init" if len(missing) == 1 else ""
+        raise UserError(f"{path}: no {' and no '.join(missing)} in it (it holds {held}){alone}")
+    states = {name: unwrapped(checkpoint[name], f"{path}: {name}") for name in NETWORKS}
+    model = official_sizes(states["student"], heads, str(path))
+    model.check()
+    converted = {
+        name: from_official(states[name], shapes_of(partial(kind, model)), official_name, OFFICIAL_UNUSED, str(path))
+        for name, kind in NETWORKS.items()
+    }
+    return Weights(model, converted["teacher"], converted["student"], str(path))
+
+
+def _of_tensors(checkpoint: dict[Any, Any], heads: int | None, path: Path) -> Backbone:
+    """The ViT in what a file holds: the teacher's, else the student's, or tensors by our own names."""
+    network = next((checkpoint[name] for name in NETWORKS if isinstance(checkpoint.get(name), dict)), None)
+    if network is not None:
+        tensors = {name: value for name, value in unwrapped(network, str(path)).items() if name.startswith("backbone.")}
+        official = {name: value for name, value in tensors.items() if not OFFICIAL_BESIDE.search(name)}
+        embedding = official.get("backbone.pos_embed")
+        if embedding is None or embedding.dim() != 3:
+            raise UserError(f"{path}: no backbone.pos_embed [1, N, D] in it; not an official CCD checkpoint")
+        width, depth, number = embedding.shape[2], depth_of(official), heads_of(embedding.shape[2], heads, str(path))
+        wanted = shapes_of(lambda: VisionTransformer(width, depth, number, taps=()))
+        state = from_official(
+            official,
+            {f"vit.{name}": shape for name, shape in wanted.items()},
+            official_name,
+            OFFICIAL_UNUSED,
+            str(path),
         )
-    vit = VisionTransformer(*(int(metadata[name]) for name in BACKBONE_SIZES), taps=())
-    names = {name: BACKBONE_PREFIX.sub("", official_name(f"vit.{name}")) for name in vit.state_dict()}
-    wanted = {names[name]: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
-    refuse_misfits(wanted, official, str(path))
-    vit.load_state_dict({name: official[names[name]] for name in names})
-    return vit.eval()
-
-
-def official_name(name: str) -> str:
-    """The official name, without `module.`, of a tensor of ours."""
-    for pattern, replacement in OFFICIAL_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def resize_embedding(official: Tensor) -> Tensor:
-    """[1, 256, D] on a 16×16 grid → [1, 256, D] on the 8×32 grid, as the official forward pass does it.
-
-    Bicubic, with DINO's 0.1 added to the wanted sizes before the scale factors are computed, which torch then uses.
-    """
-    factors = [(size + 0.1) / OFFICIAL_GRID for size in GRID]
-    square = official.float().unflatten(1, (OFFICIAL_GRID, OFFICIAL_GRID)).permute(0, 3, 1, 2)
-    return F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
-
-
-def official_embedding(ours: Tensor) -> tuple[Tensor, float]:
-    """The shortest least-squares inverse of `resize_embedding`, and what is lost: ‖resize(it) − ours‖ / ‖ours‖."""
-    cells = OFFICIAL_GRID**2
-    resize = resize_embedding(torch.eye(cells)[None])[0].double()  # linear: its columns are the resized unit grids
-    official = (torch.linalg.pinv(resize, rtol=1e-6) @ ours[0].double())[None].float()
-    lost = (resize_embedding(official) - ours).norm() / ours.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    return official, float(lost)
-
-
-def read_tensors(path: Path) -> dict[Any, Any]:
-    """What a .pth file holds, read without running anything in it. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path}: not a checkpoint of torch ≥ 1.6, or cut short; copy it again, or save it with a newer torch"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:
-            raise UserError(
-                f"{path}: TorchScript, which is for torch.jit.load; give the run it comes from, or its .safetensors"
-            )
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if unsafe:
-            raise UserError(
-                f"{path}: holds {', '.join(unsafe)}, which could run code and is not read; where you trust it, load it "
-                "and save its tensors alone"
-            )
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: damaged ({reason}); copy it again") from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not an official CCD checkpoint")
-    return checkpoint
-
-
-def is_named(name: object, item: object) -> bool:
-    """Whether something in a file is a tensor under a name."""
-    return isinstance(name, str) and torch.is_tensor(item)
-
-
-def refuse_misfits(wanted: dict[str, tuple[int, ...]], found: State, origin: str) -> None:
-    """UserError counts the tensors that are missing, have no place or another shape, and names the first of them."""
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} has no place" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {_size(found[name].shape)} instead of {_size(shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name].shape) != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise UserError(f"{origin}: {len(problems)} tensors do not fit this model: {'; '.join(problems[:NAMED])}{more}")
-
-
-def from_official(
-    official: State,
-    wanted: dict[str, tuple[int, ...]],
-    name_of: Callable[[str], str],
-    unused: re.Pattern[str],
-    origin: str,
-) -> State:
-    """A network's official tensors, without those that are unused, as ours; `wanted` are our names and shapes."""
-    used = {name: tensor for name, tensor in official.items() if not unused.search(name)}
-    refuse_misfits({name_of(name): shape for name, shape in wanted.items()}, used, origin)
-    state = {name: used[name_of(name)].float() for name in wanted}
-    state[EMBEDDING] = resize_embedding(state[EMBEDDING])
-    return state
-
-
-def shapes_of(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a network's tensors by name, without their memory."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
-
-
-def _official_sizes(student: State, heads: int | None, path: Path) -> Model:
-    """The sizes that the shapes of an official student tell."""
-
-    def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        tensor = student.get(name)
-        if tensor is None or tensor.dim() != dimensions:
-            found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise UserError(f"{path}: student's {name} {found}; not an official CCD checkpoint")
-        return tuple(tensor.shape)
-
-    width = shape("backbone.pos_embed", 3)[2]
-    if heads is None and width % OFFICIAL_HEAD_WIDTH:
-        raise UserError(f"{path}: its width {width} is not 64 a head; say how many attention heads it has: --heads N")
-    blocks = {int(match[1]) for name in student if (match := re.match(r"backbone\.blocks\.(\d+)\.", name))}
-    prototypes, bottleneck = shape("head.last_layer.weight_v", 2)
-    gain = student.get("head.last_layer.weight_g")
-    return Model(
-        width=width,
-        depth=max(blocks, default=-1) + 1,
-        heads=heads or width // OFFICIAL_HEAD_WIDTH,
-        taps=OFFICIAL_TAPS,
-        segmentation_width=shape("segmentation.mlahead.head2.0.weight", 4)[0],
-        head_hidden=shape("head.mlp.0.weight", 2)[0],
-        head_bottleneck=bottleneck,
-        prototypes=prototypes,
-        freeze_gain=gain is not None and bool((gain == 1).all()),
-    )
-
-
-def _size(shape: tuple[int, ...] | torch.Size) -> str:
-    return "×".join(map(str, shape)) if math.prod(shape) != 1 or shape else "a number"
+        return backbone_of({name.removeprefix("vit."): value for name, value in state.items()}, number, str(path))
+    flat = unwrapped({name: value for name, value in checkpoint.items() if is_named(name, value)}, str(path))
+    ours = {name.removeprefix("vit."): value for name, value in flat.items() if name.startswith("vit.")}
+    if EMBEDDING.removeprefix("vit.") not in ours:
+        held = some(list(map(str, checkpoint))) or "nothing"
+        raise UserError(f"{path}: no teacher, no student, and no ViT of ours in it (it holds {held})")
+    return backbone_of(ours, heads_of(ours["position_embedding"].shape[-1], heads, str(path)), str(path))

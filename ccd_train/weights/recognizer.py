@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from ccd_train.config import pretraining, recognition
 from ccd_train.config.options import to_dict
 from ccd_train.config.run import require
@@ -22,16 +20,21 @@ from ccd_train.config.stored import from_stored
 from ccd_train.data.charset import NAMED, Charset, read_charset
 from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.weights.backbone import (
-    OFFICIAL_HEAD_WIDTH,
+from ccd_train.weights.official import OFFICIAL_HEAD_WIDTH, from_official, official_name
+from ccd_train.weights.tensors import (
     State,
-    from_official,
     is_named,
+    is_safetensors,
+    is_torch,
     load,
-    official_name,
+    read_safetensors,
     read_tensors,
+    refuse_infinite,
     refuse_misfits,
+    refuse_strange,
     shapes_of,
+    some,
+    unwrapped,
 )
 from ccd_train.weights.writing import serialize, write_whole
 
@@ -75,6 +78,9 @@ class Trained:
     origin: str
     """Where it comes from, for messages."""
 
+    def __post_init__(self) -> None:
+        refuse_infinite(self.state, self.origin)
+
     def network(self) -> Recognizer:
         """The network with these weights, in evaluation mode. UserError lists what does not fit."""
         network = Recognizer(self.model, self.sizes, self.charset.classes)
@@ -107,7 +113,7 @@ def read(
     the attention heads of backbone and decoder where they are not 64 wide, the tokens of a word. With an export, the
     charset must be its own.
     """
-    if path.suffix in (".pth", ".pt"):
+    if is_torch(path):
         return read_official(path, charset, heads, decoder_heads, length)
     trained = read_export(find(path))
     if charset is not None and charset.characters != trained.charset.characters:
@@ -134,25 +140,18 @@ def find(path: Path) -> Path:
 
 def is_recognizer(path: Path) -> bool:
     """Whether there is a recogniser here, rather than a pretraining or nothing. UserError for a damaged file."""
-    if path.suffix in (".pth", ".pt"):
-        return path.is_file() and "net" in read_tensors(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return any((path / place).is_file() for place in PLACES)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy it again, or export it again") from None
+    if is_torch(path):
+        return "net" in read_tensors(path)
+    if is_safetensors(path):
+        return read_safetensors(path, "copy it again, or export it again")[1].get("format") == FORMAT
+    if path.is_file():
+        raise refuse_strange(path)
+    return any((path / place).is_file() for place in PLACES)
 
 
 def read_export(path: Path) -> Trained:
     """What write wrote. Raises UserError."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the recogniser again") from None
+    state, metadata = read_safetensors(path, "export the recogniser again")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: no recogniser (its format is {metadata.get('format')!r}); {_FINE_TUNE}")
     values = _values(path, metadata)
@@ -182,9 +181,9 @@ def read_official(
     checkpoint = read_tensors(path)
     net = checkpoint.get("net")
     if not isinstance(net, dict) or not all(is_named(name, item) for name, item in net.items()):
-        held = ", ".join(map(str, checkpoint)) or "nothing"
+        held = some(list(map(str, checkpoint))) or "nothing"
         raise UserError(f"{path}: no 'net' of tensors in it (it holds {held}), so no official recogniser; {_FINE_TUNE}")
-    official = {name.removeprefix("module."): tensor for name, tensor in net.items()}
+    official = unwrapped(net, str(path))
     model, sizes, classes = _official_sizes(official, heads, decoder_heads, length, path)
     if charset is None:
         charset = next((found for found in map(read_charset, NAMED) if found.classes == classes), None)
@@ -197,6 +196,14 @@ def read_official(
     wanted = _shapes(model, sizes, charset)
     state = from_official(official, wanted, _official_name, OFFICIAL_UNUSED, str(path))
     return Trained(model, sizes, charset, state, {}, str(path))
+
+
+def official_classes(path: Path) -> int:
+    """The classes of an official recogniser: its characters and three more. Raises UserError."""
+    classifier = unwrapped(read_tensors(path)["net"], str(path)).get("decoder.classifier.weight")
+    if classifier is None or classifier.dim() != 2:
+        raise UserError(f"{path}: no decoder.classifier.weight in it; not an official recogniser")
+    return len(classifier)
 
 
 def _values(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

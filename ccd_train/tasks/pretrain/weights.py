@@ -14,7 +14,8 @@ from ccd_train.config.stored import from_stored
 from ccd_train.errors import UserError
 from ccd_train.training import checkpoint
 from ccd_train.weights import backbone
-from ccd_train.weights.backbone import Weights
+from ccd_train.weights.backbone import Backbone, Weights
+from ccd_train.weights.tensors import load
 
 TEACHER = "teacher.safetensors"
 CENTER = "center"  # beside the teacher's weights
@@ -27,6 +28,12 @@ def open_weights(path: Path, heads: int | None = None) -> Weights:
     """
     found = checkpoint.locate(path)
     return backbone.read(path, heads) if found is None else _of_checkpoint(found)
+
+
+def open_backbone(path: Path, heads: int | None = None) -> Backbone:
+    """The ViT to fine-tune: the teacher's of a run or an export, or any file that `read_backbone` takes."""
+    found = checkpoint.locate(path)
+    return backbone.read_backbone(path, heads) if found is None else _of_checkpoint(found).backbone
 
 
 def read_weights(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -42,7 +49,7 @@ def start_from(path: Path, config: Config, student: nn.Module) -> None:
     # what stochastic depth leaves out, what stands still and how it began are no matter of the weights
     free = ("drop_path", "freeze_gain", "initial_std", "contrast_std")
     refuse_other("model", path, to_dict(found.model), to_dict(config.model), "give the model's own settings", free)
-    backbone.load(student, found.student, found.origin)
+    load(student, found.student, found.origin)
 
 
 def _of_checkpoint(path: Path) -> Weights:

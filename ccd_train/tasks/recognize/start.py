@@ -3,53 +3,66 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from ccd_train import distributed
 from ccd_train.config.options import to_dict
 from ccd_train.config.recognition import SCRATCH, FineTuning
 from ccd_train.config.run import refuse_other
 from ccd_train.data.charset import Charset
-from ccd_train.errors import UserError
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.tasks.pretrain.weights import open_weights
-from ccd_train.weights import backbone, recognizer
+from ccd_train.tasks.pretrain.weights import open_backbone
+from ccd_train.weights import recognizer
+from ccd_train.weights.tensors import is_torch, load
 
 log = logging.getLogger(__name__)
 
 BACKBONE = ("width", "depth", "heads")  # settings of the model that a recogniser has in common with a pretraining
 REMEDY = "take the recipe of its size"
+OF_THE_CHARSET = ("decoder.embedding.", "decoder.classifier.")
 
 
 def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> None:
-    """Gives a new run the weights that --init names; UserError where they do not fit."""
+    """Gives a new run the weights that --init names. Raises UserError if they do not fit."""
     path = config.init
     assert path is not None
     if distributed.rank() == 0:
         log.info("weights: %s", "random" if path == SCRATCH else path)
     if path == SCRATCH:
         return
-    if recognizer.is_recognizer(path):
-        sizes = config.recognizer
-        named = charset if path.suffix in (".pth", ".pt") else None  # our own exports say which they have
-        trained = recognizer.read(path, named, config.model.heads, sizes.heads, sizes.length)
-        if trained.charset.characters != charset.characters:
-            theirs = trained.charset.name or "another"
-            raise UserError(
-                f"--init {path}: its charset is {theirs}, this run's {charset.name}; set --data.charset {theirs}, or "
-                "start from a pretraining"
-            )
-        refuse_other(
-            "recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), REMEDY, except_for=("dropout",)
-        )
-        refuse_other("model", path, of_backbone(to_dict(trained.model)), of_backbone(to_dict(config.model)), REMEDY)
-        backbone.load(student, trained.state, trained.origin)
+    if path.exists() and recognizer.is_recognizer(path):
+        _start_from_recognizer(path, config, charset, student)
         return
-    found = open_weights(path, config.model.heads)
-    refuse_other("model", path, of_backbone(to_dict(found.model)), of_backbone(to_dict(config.model)), REMEDY)
-    teacher = {name.removeprefix("vit."): tensor for name, tensor in found.teacher.items() if name.startswith("vit.")}
-    # the norms of the taps belong to the segmentation head
-    used = {name: tensor for name, tensor in teacher.items() if not name.startswith("tap_norms.")}
-    backbone.load(student.vit, used, found.origin)
+    found = open_backbone(path, config.model.heads)
+    theirs = {name: getattr(found, name) for name in BACKBONE}
+    refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), REMEDY)
+    load(student.vit, found.state, found.origin)
+
+
+def _start_from_recognizer(path: Path, config: FineTuning, charset: Charset, student: Recognizer) -> None:
+    """Everything that fits. Another charset begins its letters anew; the length of words is in no tensor."""
+    sizes = config.recognizer
+    trained = recognizer.read(path, _charset_of(path, charset), config.model.heads, sizes.heads, sizes.length)
+    free = ("dropout", "length")
+    refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), REMEDY, except_for=free)
+    refuse_other("model", path, of_backbone(to_dict(trained.model)), of_backbone(to_dict(config.model)), REMEDY)
+    state = trained.state
+    if trained.charset.characters != charset.characters:
+        fresh = {name: value for name, value in student.state_dict().items() if name.startswith(OF_THE_CHARSET)}
+        state = {**state, **fresh}
+        if distributed.rank() == 0:
+            log.warning(
+                "--init %s reads charset %s, this run %s: %s begin at random, the rest is kept",
+                path, trained.charset.name or "?", charset.name, ", ".join(fresh),
+            )  # fmt: skip
+    load(student, state, trained.origin)
+
+
+def _charset_of(path: Path, charset: Charset) -> Charset | None:
+    """This run's charset if an official file has as many classes; else None: the file, or its classes, say which."""
+    if not is_torch(path):
+        return None
+    return charset if recognizer.official_classes(path) == charset.classes else None
 
 
 def of_backbone(model: dict[str, object]) -> dict[str, object]:
