@@ -76,6 +76,7 @@ def initialize(timeout_seconds: float) -> None:
         return
     missing = [name for name in RANK_VARIABLES if name not in os.environ]
     if len(missing) == len(RANK_VARIABLES):
+        _refuse_tasks_of_slurm()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     elif missing:
@@ -112,6 +113,16 @@ def initialize(timeout_seconds: float) -> None:
             f"{address}: rank {os.environ['RANK']} cannot reach it ({_first_line(error)}); "
             "check MASTER_ADDR, MASTER_PORT and the firewall"
         ) from None
+
+
+def _refuse_tasks_of_slurm() -> None:
+    """UserError if srun started several tasks and no launcher told them of each other: each would train alone."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_PROCID" in os.environ and tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"task {int(os.environ['SLURM_PROCID']) + 1} of {tasks} of SLURM, but no launcher tells it of the others; "
+            "start with launch/torchrun_pretrain.sh, one task a node, or with srun --ntasks=1 to train in one process"
+        )
 
 
 def _meet(timeout: timedelta) -> Store:

@@ -15,13 +15,32 @@ from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError, run
 from launch import outcome
 
+HOST = re.compile(r"\S+\s+slots=[1-9][0-9]*")
 PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # what a shell leaves alone
+
+
+def check_hostfile(path: Path | None) -> None:
+    """Refuses what DeepSpeed's launcher would answer with a traceback."""
+    form = "it has a line `node1 slots=8` for every node"
+    if path is None or not path.is_file():
+        raise UserError(f"hostfile {path or ''}: not a file; {form}")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    entries = [(number, line.partition("#")[0].strip()) for number, line in enumerate(lines, start=1)]
+    entries = [(number, text) for number, text in entries if text]
+    hosts: list[str] = []
+    for number, text in entries:
+        if not HOST.fullmatch(text):
+            raise UserError(f"hostfile {path}: line {number} is {text!r}; {form}")
+        hosts.append(text.split()[0])
+        if hosts.count(hosts[-1]) > 1:
+            raise UserError(f"hostfile {path}: line {number} names {hosts[-1]} again; {form}")
+    if not hosts:
+        raise UserError(f"hostfile {path}: no host in it; {form}")
 
 
 def main(argv: list[str]) -> int:
     """The exit code of the run."""
-    if not argv or not Path(argv[0]).is_file():
-        raise UserError(f"hostfile {argv[0] if argv else ''}: not a file; it has a line `node1 slots=8` for every node")
+    check_hostfile(Path(argv[0]) if argv else None)
     config = parse(Config, argv[1:], "ccd-train pretrain")
     config.check()
     assert config.run_dir is not None

@@ -9,6 +9,10 @@
 # Ends as the run ended: 0 finished, 2 refused, 3 failed, 75 unfinished (start it again; it goes on where it stopped).
 set -euo pipefail
 
+python -c 'import launch, ccd_train' 2>/dev/null || {
+    echo "error: $(command -v python || echo python) does not know this package; activate the environment it is installed in" >&2
+    exit 2
+}
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 if [ "${NNODES:-1}" = 1 ]; then
     rendezvous=(--standalone)

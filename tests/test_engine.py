@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,3 +319,47 @@ def test_deepspeed_files_that_cannot_be_read(tmp_path: Path) -> None:
             read_deepspeed_file(str(tmp_path / "zero0.json"))
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         read_deepspeed_file("zero1_fp16")
+    marked = tmp_path / "marked.json"
+    marked.write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"stage": 1}}')  # as Windows' editors write it
+    assert read_deepspeed_file(str(marked))[1] == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"zero_optimisation": {"stage": 1}}, "unknown key zero_optimisation; did you mean zero_optimization"),
+        ({"elasticity": {"enabled": True}}, "unknown key elasticity; "), ([], "holds a list; it must be an object"),
+        ({"zero_optimization": 1}, "zero_optimization = 1: must be an object"),
+        ({"compile": {}}, "unknown key compile"),
+        ({"zero_optimization": {"stage": 5}}, "stage = 5: must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, "stage = '2': must be 0"), ({"bf16": True}, "bf16 = True: must be an"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_a_deepspeed_file_is_one_line(tmp_path: Path, content: Any, said: str) -> None:
+    """DeepSpeed passes over a key that it does not know: a misspelt stage would train without ZeRO."""
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said) as refused:
+        read_deepspeed_file(str(tmp_path / "mine.json"))
+    assert "\n" not in str(refused.value)
+
+
+def misjudged(config: Config, contents: list[dict[str, Any]], file: Path) -> list[str]:
+    """What is said of files that only DeepSpeed itself finds wrong."""
+    said = []
+    for content in contents:
+        file.write_text(json.dumps(content))
+        try:
+            begin(Pretraining(replace(config, deepspeed=str(file)))).close()
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_deepspeed_says_of_a_file_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    contents = [{"zero_optimization": {"stage": 1, name: True}} for name in ("overlap_com", "mics_shard_size")]
+    contents += [{"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}]
+    (said,) = run_ranks(1, misjudged, small(tiny, tmp_path / "run"), contents, tmp_path / "mine.json")
+    assert len(said) == len(contents) and not any("\n" in line for line in said)
+    for line, name in zip(said, ("overlap_com", "mics_shard_size", "reduce_bucket_size"), strict=True):
+        assert re.search(rf"mine\.json: .*{name}", line)
+    assert not (tmp_path / "run" / "identity.json").exists()  # a refused start takes no folder

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 from ccd_train.config.options import option_names
 from ccd_train.config.pretraining import Config
 from ccd_train.errors import UserError
-from launch.hostfile import main as deepspeed_main
+from launch import hostfile
 from launch.outcome import Outcome, read_outcome
 from launch.torchrun import explain
 
@@ -144,6 +144,39 @@ def test_an_outcome_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> No
     assert read_outcome(tmp_path) == Outcome("finished", 0, "m")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("node1:8\n", "line 1 is 'node1:8'"), ("node1 slots = 8\n", "line 1 is"), ("# nobody\n\n", "no host in it"),
+        ("node1 slots=8\nnode1 slots=8\n", "line 2 names node1 again"), ("node1 slots=0", "line 1 is"), ("", "no host"),
+    ],
+)  # fmt: skip
+def test_a_hostfile_by_hand_is_judged_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=said) as refused:
+        hostfile.main([str(tmp_path / "hosts"), "--config", "vit_nano"])
+    assert "\n" not in str(refused.value)
+    (tmp_path / "hosts").write_text("\ufeffnode1 slots=8  # the first\n\nnode2\tslots=4\n")
+    hostfile.check_hostfile(tmp_path / "hosts")
+
+
+def test_a_wrapper_without_its_environment_says_so() -> None:
+    """From another folder, with a Python that has not got the package."""
+    bare = {"PATH": "/usr/bin:/bin", "PYTHONNOUSERSITE": "1"}
+    for wrapper in ("torchrun_pretrain.sh", "torchrun_finetune.sh", "deepspeed_pretrain.sh"):
+        command = ["bash", str(CHECKOUT / "launch" / wrapper), "--config", "vit_nano"]
+        result = subprocess.run(command, cwd="/", env=bare, capture_output=True, text=True)
+        assert result.returncode == 2 and "activate the environment" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_task_that_srun_started_without_a_launcher_is_noticed(settings: list[str]) -> None:
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"}
+    command = [sys.executable, "-m", "ccd_train", "pretrain", *settings]
+    result = subprocess.run(command, cwd=CHECKOUT, env=os.environ | slurm, capture_output=True, text=True)
+    assert result.returncode == 2 and "task 2 of 2 of SLURM, but no launcher" in result.stderr
+
+
 def test_no_option_is_a_prefix_of_one_of_torchruns() -> None:
     """torchrun reads the script's options too where they are unambiguous beginnings of its own."""
     options = [option.lstrip("-") for action in get_args_parser()._actions for option in action.option_strings]
@@ -241,6 +274,6 @@ def test_deepspeeds_launcher_refuses_what_a_remote_shell_would_split(tiny: Tiny,
     (tmp_path / "hosts").write_text("first slots=1\n")
     words = ["--config", "vit_nano", "--run_dir", str(tmp_path / "a b"), "--data.shards", str(tiny.shards)]
     with pytest.raises(UserError, match="remote shell"):
-        deepspeed_main([str(tmp_path / "hosts"), *words])
+        hostfile.main([str(tmp_path / "hosts"), *words])
     with pytest.raises(UserError, match="not a file"):
-        deepspeed_main([str(tmp_path / "nothing"), *words])
+        hostfile.main([str(tmp_path / "nothing"), *words])

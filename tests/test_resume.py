@@ -29,7 +29,7 @@ from ccd_train.files import write_file
 from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.tasks.pretrain.weights import open_weights, read_weights
 from ccd_train.training import checkpoint
-from ccd_train.training.engine import read_file
+from ccd_train.training.library import read_file
 from ccd_train.training.life import Stop, lock
 from ccd_train.training.run import Run, begin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,21 @@ OURS = {
     "tensorboard": "--log.every_steps",
     "activation_checkpointing": "--train.activation_checkpointing",
 }
+# What else a file may hold. DeepSpeed passes over a key that it does not know, so a slip would train something else.
+SECTIONS = {
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "data_types",
+    "comms_logger",
+    "flops_profiler",
+    "aio",
+}
+VALUES = {
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "dump_state",
+    "wall_clock_breakdown", "memory_breakdown", "zero_allow_untested_optimizer",
+}  # fmt: skip
 
 
 def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str, dict[str, Any]]:
@@ -38,17 +54,15 @@ def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str
     folder = resources.files("ds_configs")
     known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
     try:
-        text = (folder / f"{name}.json" if name in known else Path(name)).read_text(encoding="utf8")
+        text = (folder / f"{name}.json" if name in known else Path(name)).read_text(encoding="utf-8-sig")
         content = json.loads(text)
     except OSError as error:
         raise UserError(
             f"--deepspeed {name}: {error.strerror}; there are {', '.join(known)}, or a .json file"
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--deepspeed {name}: not JSON ({error})") from None
-    for key in content:
-        if key in OURS:
-            raise UserError(f"--deepspeed {name}: {key} does not belong there; remove it and set {OURS[key]}")
+    _check_keys(name, content)
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if stage == 0 and any(content.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")):
         # its optimiser there takes a step of its own, with zero gradients, before the first one
@@ -62,3 +76,21 @@ def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str
     if content.get("fp16", {}).get("enabled") and not gpus:
         raise UserError(f"--deepspeed {name}: fp16 needs a GPU; on CPUs take zero1_fp32 or zero1_bf16")
     return name, content
+
+
+def _check_keys(name: str, content: Any) -> None:
+    """Refuses what is no mapping of sections, what our configuration owns, and names that mean nothing here."""
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed {name}: holds a {type(content).__name__}; it must be an object of settings")
+    for key, value in content.items():
+        if key in OURS:
+            raise UserError(f"--deepspeed {name}: {key} does not belong there; remove it and set {OURS[key]}")
+        if key not in SECTIONS | VALUES:
+            close = difflib.get_close_matches(key, SECTIONS | VALUES, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(SECTIONS | VALUES))}"
+            raise UserError(f"--deepspeed {name}: unknown key {key}; {remedy}")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"--deepspeed {name}: {key} = {value!r}: must be an object of settings")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed {name}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3")

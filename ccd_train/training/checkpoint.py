@@ -35,7 +35,8 @@ from torch import Tensor
 from ccd_train import distributed
 from ccd_train.errors import UserError
 from ccd_train.files import Digest, digest, replace_file, sync_folder, write_file
-from ccd_train.training.engine import Engine, read_file
+from ccd_train.training.engine import Engine
+from ccd_train.training.library import read_file
 
 log = logging.getLogger(__name__)
 

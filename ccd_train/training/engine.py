@@ -6,17 +6,9 @@ flattened parameters that this rank holds. Clipping, averages and checkpoints wo
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import re
-import sys
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +18,7 @@ from ccd_train import distributed
 from ccd_train.config.deepspeed import read_deepspeed_file
 from ccd_train.config.run import RunConfig
 from ccd_train.errors import UserError
+from ccd_train.training.library import Files, start
 
 EPS = 1e-6  # DINO's, added to a gradient's norm before dividing
 
@@ -46,64 +39,6 @@ class Fragment:
     """Index of the first element in that parameter."""
 
 
-class Files:
-    """DeepSpeed's checkpoint engine of this run: keeps what is to be written in memory, for checkpoint.py to write.
-
-    So no rank meets a full disk between DeepSpeed's barriers, where the others would wait for it.
-    """
-
-    def __init__(self) -> None:
-        self.contents: dict[str, memoryview] = {}
-
-    def create(self, info: Any) -> None:
-        self.contents = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        buffer = io.BytesIO()
-        torch.save(state_dict, buffer)
-        self.contents[Path(path).name] = buffer.getbuffer()
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return read_file(Path(path), map_location)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folder is made by checkpoint.py."""
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, data_parallel_rank: int) -> bool:
-        return data_parallel_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-
-def read_file(path: Path, map_location: Any = None, mmap: bool = False) -> Any:
-    """One of a checkpoint's files. It runs no code: beside tensors only a few of DeepSpeed's plain classes are made.
-
-    UserError for a file that holds anything else, which none of ours does.
-    """
-    if "deepspeed" not in sys.modules:
-        _import_deepspeed(verbose=False)
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-    except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{path}: not loaded, because it could run code ({found[1] if found else 'an unknown pickle'}); "
-            "no checkpoint of ours holds that: do not use it"
-        ) from None
-
-
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
     """AdamW's groups, by `student.part(name)` and decay: none on biases and 1-D parameters (DINO, utils.py)."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -119,7 +54,6 @@ class Engine:
 
     def __init__(self, student: nn.Module, config: RunConfig, accumulation: int) -> None:
         """`student` on this rank's device, with the same weights on every rank."""
-        deepspeed = _import_deepspeed(config.log.verbose)
         self.name, content = read_deepspeed_file(config.deepspeed)
         self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._fused = torch.cuda.is_available() and not self._offload  # one kernel for all that a step of AdamW does
@@ -141,10 +75,7 @@ class Engine:
             # from the other stages. What it saves, whole weights kept for the backward pass, is little here.
             content["zero_optimization"].setdefault("memory_efficient_linear", False)
         self._names = {id(parameter): name for name, parameter in student.named_parameters()}
-        with contextlib.redirect_stdout(sys.stderr if config.log.verbose else io.StringIO()):  # it prints what it found
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=student, optimizer=optimizer, config=content, dist_init_required=False
-            )
+        self._engine, self._optimizer = start(student, optimizer, content, self.name, config.log.verbose)
         self._finite = True
         if self.stage in (1, 2):
             # Ours is the verdict on a step. DeepSpeed's own takes some sixteen small operations for every parameter.
@@ -381,19 +312,3 @@ class Engine:
             piece.view(-1)[:1] = torch.nan
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # it looks from another stream
-
-
-def _import_deepspeed(verbose: bool) -> Any:
-    """DeepSpeed, without its chatter unless `verbose`: it has a logger of its own and warns of its calls into torch."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    if not verbose:
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    for speaker in (logger, *logger.handlers):
-        speaker.setLevel(logging.INFO if verbose else logging.WARNING)
-    # On CPUs it would compile an all-reduce through shared memory at the first start. gloo needs no compiler, leaves
-    # nothing behind when it is killed, and does not wait for ever for a rank that is gone.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -15,6 +15,7 @@ import platform
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -72,8 +73,8 @@ def open_run_dir(config: RunConfig) -> Path:
         if distributed.rank() == 0:
             try:
                 config.run_dir.mkdir(parents=True, exist_ok=True)
-                replace_file(config.run_dir / "config.yaml.new", b"")
-                (config.run_dir / "config.yaml.new").unlink()
+                # a file without a name: two starts at the same moment do not meet in it
+                tempfile.TemporaryFile(dir=config.run_dir).close()
             except OSError as error:
                 raise UserError(
                     f"--run_dir {config.run_dir}: {error.strerror}; name a folder you may write to"
