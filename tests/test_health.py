@@ -225,3 +225,12 @@ def test_impossible_settings_are_refused() -> None:
         assert to_dict(config)["health"][name] == value
         with pytest.raises(UserError, match=f"health.{name}"):
             config.health.check()
+
+
+def test_blank_crops_raise_an_alarm_before_the_warm_up_is_over() -> None:
+    """There is nothing to wait for: a run of 60 steps on them ended as finished, without a word."""
+    guard = health.Guard(Config(), 8)  # a warm-up of 10 M samples, a patience of 100 steps
+    blank = {"images_without_regions": 1.0, "characters": 0.0, "teacher_entropy": 0.0, "prototypes_used": 0.0,
+             "loss_distillation": 0.0, "feature_rank": 0.0, "feature_std": 0.0}  # fmt: skip
+    found = [alarm for step in range(1, 60) for alarm in guard.look(blank | {"step": step, "samples": 8 * step})]
+    assert [(alarm.kind, alarm.step) for alarm in found] == [(health.EMPTY, 1 + health.EMPTY_STEPS)]

@@ -251,6 +251,17 @@ def test_the_method_knows_nothing_of_files() -> None:
         assert "open" not in calls, module
 
 
+def test_the_backbone_is_built_in_one_place() -> None:
+    """Else a run could pretrain one and fine-tune another."""
+    calls = {
+        module
+        for module in modules()
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "VisionTransformer"
+    }
+    assert calls == {"ccd_train.models.vit"}
+
+
 def test_no_drawer_for_everything() -> None:
     assert not {name.rpartition(".")[2] for name in modules()} & {"utils", "util", "helpers", "common", "misc"}
 

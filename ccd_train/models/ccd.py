@@ -25,7 +25,7 @@ from ccd_train import draws
 from ccd_train.config.pretraining import Model
 from ccd_train.models.heads import ProjectionHead, SegmentationHead
 from ccd_train.models.regions import MIN_PIXELS, label_regions, pool, warp_regions
-from ccd_train.models.vit import VisionTransformer
+from ccd_train.models.vit import build_backbone
 
 REGULAR, IRREGULAR = 1, 2  # words that tell the two views' draws apart
 
@@ -62,7 +62,9 @@ class Student(nn.Module):
     def __init__(self, model: Model, activation_checkpointing: bool = False) -> None:
         """Initial weights come from torch's global generator: seed it with torch.manual_seed before."""
         super().__init__()
-        self.vit = _vit(model, model.drop_path, activation_checkpointing)
+        self.vit = build_backbone(
+            model, taps=model.taps, drop_path=model.drop_path, activation_checkpointing=activation_checkpointing
+        )
         self.segmentation = SegmentationHead(model.width, model.segmentation_width)
         self.projection = _projection(model)
 
@@ -108,7 +110,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.vit = _vit(model, drop_path=0.0)
+        self.vit = build_backbone(model, taps=model.taps)
         self.projection = _projection(model)
         self.requires_grad_(False)
         self.eval()
@@ -130,19 +132,6 @@ def _rows(features: Tensor, regions: Regions) -> Tensor:
 def _view_keys(keys: Tensor) -> Tensor:
     """[B] → [2B]: stochastic depth is drawn for each view on its own."""
     return torch.cat([draws.mix(keys, REGULAR), draws.mix(keys, IRREGULAR)])
-
-
-def _vit(model: Model, drop_path: float, activation_checkpointing: bool = False) -> VisionTransformer:
-    return VisionTransformer(
-        model.width,
-        model.depth,
-        model.heads,
-        taps=model.taps,
-        drop_path=drop_path,
-        activation_checkpointing=activation_checkpointing,
-        initial_std=model.initial_std,
-        contrast_std=model.contrast_std,
-    )
 
 
 def _projection(model: Model) -> ProjectionHead:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ccd_train import distributed, draws
 from ccd_train.config import pretraining, recognition
-from ccd_train.models.vit import GRID, VisionTransformer
+from ccd_train.models.vit import GRID, build_backbone
 
 EPS = 1e-6  # of the decoder's last LayerNorm; those of its layers have torch's own
 PERIOD = 10000.0  # of the slowest sinusoid (Vaswani et al. 2017)
@@ -213,15 +213,8 @@ class Recognizer(nn.Module):
     ) -> None:
         """classes: of the charset, padding not among them. Initial weights come from torch's global generator."""
         super().__init__()
-        self.vit = VisionTransformer(
-            model.width,
-            model.depth,
-            model.heads,
-            taps=(),
-            drop_path=model.drop_path,
-            activation_checkpointing=activation_checkpointing,
-            initial_std=model.initial_std,
-            contrast_std=model.contrast_std,
+        self.vit = build_backbone(
+            model, taps=(), drop_path=model.drop_path, activation_checkpointing=activation_checkpointing
         )
         self.encoder = Mlp(
             (model.width, sizes.encoder_hidden, sizes.width), sizes.dropout, "encoder", hidden_dropout=sizes.dropout

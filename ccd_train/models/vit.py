@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ccd_train import draws
+from ccd_train.config.pretraining import Model
 
 IMAGE = (32, 128)
 PATCH = 4
@@ -160,3 +161,19 @@ def initialize_contrasts(filters: Tensor, std: float) -> None:
     nn.init.normal_(filters)
     filters -= filters.mean(dim=(2, 3), keepdim=True)
     filters *= std / filters.std()
+
+
+def build_backbone(
+    model: Model, *, taps: Sequence[int], drop_path: float = 0.0, activation_checkpointing: bool = False
+) -> VisionTransformer:
+    """The backbone that the settings describe. Pretraining, fine-tuning, exports: all build it here."""
+    return VisionTransformer(
+        model.width,
+        model.depth,
+        model.heads,
+        taps=taps,
+        drop_path=drop_path,
+        activation_checkpointing=activation_checkpointing,
+        initial_std=model.initial_std,
+        contrast_std=model.contrast_std,
+    )

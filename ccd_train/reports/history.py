@@ -76,6 +76,12 @@ class History:
         return sum(life.ended - life.started for life in self.lives)
 
     @property
+    def rate(self) -> float:
+        """Samples per second over the time of all lives; 0 where there is only a single line."""
+        samples, seconds = float(self.metrics["samples"][-1]), self.seconds
+        return samples / seconds if seconds else 0.0
+
+    @property
     def rank_hours(self) -> float:
         return sum((life.ended - life.started) * life.ranks for life in self.lives) / 3600
 

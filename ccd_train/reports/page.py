@@ -75,7 +75,7 @@ def _costs(run: History) -> dict[str, str]:
     last = {name: values[-1] for name, values in run.metrics.items()}
     unit = "GPU" if any(gpu in life.device for life in run.lives for gpu in ("NVIDIA", "AMD")) else "process"
     ranks = run.lives[-1].ranks if run.lives else 1
-    rate = float(np.nanmedian(run.metrics["samples_per_second"]))
+    rate, typical = run.rate, float(np.nanmedian(run.metrics["samples_per_second"]))
     down = sum(max(b.started - a.ended, 0) for a, b in zip(run.lives, run.lives[1:], strict=False))
     outcome = run.outcome.get("outcome", "running, or killed")
     return {
@@ -85,8 +85,8 @@ def _costs(run: History) -> dict[str, str]:
         "loss, at last": number(float(last["loss"])),
         "lives": f"{len(run.lives)}; {duration(down)} between them",
         f"{unit} hours": f"{run.rank_hours:,.2f} ({duration(run.seconds)} on {ranks})",
-        "samples per second": f"{rate:,.0f}, that is {rate / ranks:,.0f} per {unit}",
-        "share of the hardware's limit": _share_of_limit(run, rate / ranks),
+        "samples per second": f"{rate:,.0f} overall, {rate / ranks:,.0f} per {unit}; typically {typical:,.0f}",
+        "share of the hardware's limit": _share_of_limit(run, typical / ranks),
         "waiting for data": f"{np.nanmean(run.metrics['data_wait']):.1%}",
         "skipped steps, damaged samples": f"{last.get('skipped_steps', 0):.0f}, {last.get('damaged_samples', 0):.0f}",
     }

@@ -23,7 +23,7 @@ from ccd_train.config.stored import from_stored
 from ccd_train.errors import UserError
 from ccd_train.files import replace_file, write_json
 from ccd_train.models.ccd import Student, Teacher
-from ccd_train.models.vit import VisionTransformer
+from ccd_train.models.vit import VisionTransformer, build_backbone
 from ccd_train.weights.official import (
     EMBEDDING,
     OFFICIAL_TAPS,
@@ -95,7 +95,7 @@ class Backbone:
 
     def network(self) -> VisionTransformer:
         """The ViT, in evaluation mode; it returns tokens and no taps."""
-        vit = VisionTransformer(self.width, self.depth, self.heads, taps=())
+        vit = _vit(self.width, self.depth, self.heads)
         vit.load_state_dict(self.state)
         return vit.eval()
 
@@ -129,7 +129,7 @@ def read_backbone(path: str | Path, heads: int | None = None) -> Backbone:
         return read(path, heads).backbone
     tensors, metadata = read_safetensors(path, "export the backbone again")
     if all(metadata.get(name, "").isdigit() for name in BACKBONE_SIZES):
-        vit = VisionTransformer(*(int(metadata[name]) for name in BACKBONE_SIZES), taps=())
+        vit = _vit(*(int(metadata[name]) for name in BACKBONE_SIZES))
         names = {name: BACKBONE_PREFIX.sub("", official_name(f"vit.{name}")) for name in vit.state_dict()}
         wanted = {names[name]: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
         refuse_misfits(wanted, tensors, str(path))
@@ -146,7 +146,7 @@ def backbone_of(state: State, heads: int, origin: str) -> Backbone:
             f"{origin}: no position embedding [1, N, D] of a ViT; it holds {some(list(state)) or 'nothing'}"
         )
     width, depth = embedding.shape[2], depth_of(state)
-    refuse_misfits(shapes_of(lambda: VisionTransformer(width, depth, heads, taps=())), state, origin)
+    refuse_misfits(shapes_of(partial(_vit, width, depth, heads)), state, origin)
     refuse_infinite(state, origin)
     return Backbone(width, depth, heads, state, origin)
 
@@ -255,7 +255,7 @@ def _of_tensors(checkpoint: dict[Any, Any], heads: int | None, path: Path) -> Ba
         if embedding is None or embedding.dim() != 3:
             raise UserError(f"{path}: no backbone.pos_embed [1, N, D] in it; not an official CCD checkpoint")
         width, depth, number = embedding.shape[2], depth_of(official), heads_of(embedding.shape[2], heads, str(path))
-        wanted = shapes_of(lambda: VisionTransformer(width, depth, number, taps=()))
+        wanted = shapes_of(partial(_vit, width, depth, number))
         state = from_official(
             official,
             {f"vit.{name}": shape for name, shape in wanted.items()},
@@ -270,3 +270,7 @@ def _of_tensors(checkpoint: dict[Any, Any], heads: int | None, path: Path) -> Ba
         held = some(list(map(str, checkpoint))) or "nothing"
         raise UserError(f"{path}: no teacher, no student, and no ViT of ours in it (it holds {held})")
     return backbone_of(ours, heads_of(ours["position_embedding"].shape[-1], heads, str(path)), str(path))
+
+
+def _vit(width: int, depth: int, heads: int) -> VisionTransformer:
+    return build_backbone(Model(width=width, depth=depth, heads=heads), taps=())

@@ -21,6 +21,7 @@ from ccd_train.config.pretraining import Config
 from ccd_train.models.losses import teacher_statistics
 from ccd_train.training.metrics import Alarm
 
+EMPTY_STEPS = 20  # for so long no image may have a character: there is nothing to learn from, warm-up or not
 FEWEST_ROWS = 16  # of fewer characters no target's spread can be judged
 
 UNIFORM, CONSTANT, EMPTY = "uniform collapse", "constant collapse", "no characters"
@@ -90,22 +91,25 @@ class Guard:
                     news.append(Alarm(step, kind, f"{kind} is over at step {step}", over=True))
                 continue
             since = self._since.setdefault(kind, step)
-            if kind not in self._raised and step - since >= self._settings.patience_steps:
+            patience = self._settings.patience_steps
+            patience = min(patience, EMPTY_STEPS) if kind == EMPTY else patience
+            if kind not in self._raised and step - since >= patience:
                 self._raised.add(kind)
                 news.append(Alarm(step, kind, self._message(kind, since, figures)))
         return news
 
     def _conditions(self, figures: Mapping[str, float]) -> dict[str, bool]:
+        empty = figures["images_without_regions"] > 0.95
         if figures["samples"] < self._after:
-            return {}
+            return {EMPTY: empty}
         if 2 * figures["characters"] * self._batch < FEWEST_ROWS:
-            return {UNIFORM: False, CONSTANT: False, EMPTY: figures["images_without_regions"] > 0.95}
+            return {UNIFORM: False, CONSTANT: False, EMPTY: empty}
         flat = math.log(self._prototypes) - self._settings.uniform_nats
         few = min(self._settings.constant_prototypes, self._prototypes / 2)
         return {
             UNIFORM: figures["teacher_entropy"] > flat and figures["loss_distillation"] > flat,
             CONSTANT: figures["prototypes_used"] < few and figures["teacher_entropy"] < math.log(few) / 2,
-            EMPTY: figures["images_without_regions"] > 0.95,
+            EMPTY: empty,
         }
 
     def _message(self, kind: str, since: int, figures: Mapping[str, float]) -> str:
