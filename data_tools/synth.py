@@ -11,10 +11,12 @@ from pathlib import Path
 
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import FINISHED, UserError
+from data_tools.fonts import PILLOW, Fonts, installed_fonts, named_fonts
 from data_tools.pool import Report, available_cores, run_jobs
 from data_tools.progress import Progress
-from data_tools.words import Word, find_fonts, render
+from data_tools.words import Word, render
 
+RECORD = "fonts.txt"
 CHUNK = 64  # words that a process renders at once
 
 
@@ -37,35 +39,45 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--masks", action="store_true", help="write the true glyph masks as mask-%%09d (PNG, 0 and 255)"
     )
+    parser.add_argument(
+        "--fonts",
+        nargs="+",
+        metavar="FILE",
+        help=f"draw with these fonts, in any order, or `{PILLOW}` for Pillow's own (default: this machine's)",
+    )
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core)")
     options = parser.parse_args(argv)
     if options.num_samples < 1:
         raise UserError(f"--num-samples {options.num_samples}: render at least 1 word")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: seeds start at 0")
-    synthesize(options.out, options.num_samples, options.seed, options.labels, options.masks, options.workers)
+    fonts = named_fonts(options.fonts) if options.fonts else installed_fonts()
+    synthesize(options.out, options.num_samples, options.seed, fonts, options.labels, options.masks, options.workers)
     return FINISHED
 
 
-def synthesize(out: Path, num_samples: int, seed: int, labels: bool, masks: bool, workers: int) -> None:
-    """Renders words 0 … num_samples-1 into the LMDB `out`. An interrupted call leaves no `out` behind."""
+def synthesize(out: Path, num_samples: int, seed: int, fonts: Fonts, labels: bool, masks: bool, workers: int) -> None:
+    """Renders words 0 … num_samples-1 into the LMDB `out`, with `fonts.txt` beside them.
+
+    An interrupted call leaves no `out` behind.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty folder; name another one, or remove it")
-    fonts = find_fonts()
-    print(f"rendering with {len(fonts)} fonts of this system" if fonts else "no fonts found: using Pillow's own")
+    print(fonts.summary())
     unfinished = out.with_name(out.name + ".unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         with LmdbWriter(unfinished) as writer, Progress("synth", num_samples, "words") as progress:
-            for word in _words(num_samples, seed, fonts, workers, progress):
+            for word in _words(num_samples, seed, fonts.files, workers, progress):
                 writer.add(word.image, word.label if labels else None, word.mask if masks else None)
+        (unfinished / RECORD).write_text(fonts.record(), encoding="utf-8")
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there: {error}") from error
-    print(f"{num_samples} words in {out}")
+    print(f"{num_samples} words in {out}, their fonts in {out / RECORD}")
 
 
 def _words(num_samples: int, seed: int, fonts: tuple[str, ...], workers: int, progress: Progress) -> Iterator[Word]:

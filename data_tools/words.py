@@ -1,30 +1,19 @@
 """Renders words: the demo's corpus, and the tests' fixture with true glyph masks.
 
 A word is a pure function of (seed, index, fonts), so any process may render any of them. Pixels also depend on the
-versions of FreeType, OpenCV and NumPy; the same machine renders the same bytes.
+versions of Pillow, FreeType, OpenCV and NumPy; with the same versions, every machine renders the same bytes.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-FONT_FOLDERS = (
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "~/.local/share/fonts",
-    "~/.fonts",
-    "/System/Library/Fonts",
-    "/Library/Fonts",
-)
 ONSETS = (
     "b bl br c ch cr d dr f fl fr g gl gr h j k kl l m n p pl pr qu r s sc sh sk sl sp st str sw t th tr v w wh y z"
 )
@@ -33,6 +22,7 @@ CODAS = "b ck d ft g k l m n nd ng p r rt s st t v x z"
 ALPHANUMERIC = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 PUNCTUATION = "!&'-.?:%$"
 LUMA = np.array([0.299, 0.587, 0.114])  # grey level of an RGB colour, ITU-R BT.601
+SIZES = (16, 72)  # font sizes in pixels
 LEAST_CONTRAST = 60.0  # grey levels between text and background
 
 
@@ -46,13 +36,13 @@ class Word:
 
 
 def render(seed: int, index: int, fonts: Sequence[str], alphabet: str = "", length: tuple[int, int] = (3, 7)) -> Word:
-    """Renders word `index` of the corpus `seed`. `fonts`: files from `find_fonts`; empty means Pillow's own font.
+    """Renders word `index` of the corpus `seed`. `fonts`: font files; none means Pillow's own font.
 
     Of an `alphabet`, words are random strings whose `length` lies in this range.
     """
     rng = np.random.default_rng((seed, index))
     label = "".join(rng.choice(list(alphabet), rng.integers(length[0], length[1] + 1))) if alphabet else _text(rng)
-    size = round(float(np.exp(rng.uniform(np.log(16), np.log(72)))))
+    size = round(float(np.exp(rng.uniform(*np.log(SIZES)))))
     glyphs = _glyphs(rng, label, fonts[int(rng.integers(len(fonts)))] if fonts else "", size)
     glyphs = _perspective(rng, glyphs)
     image = _colour(rng, glyphs)
@@ -63,27 +53,17 @@ def render(seed: int, index: int, fonts: Sequence[str], alphabet: str = "", leng
     return Word(encoded.tobytes(), label, mask.tobytes())
 
 
-def find_fonts() -> tuple[str, ...]:
-    """The system's fonts that hold Latin letters and digits, sorted by path."""
-    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
-    if sys.platform == "win32":
-        folders.append(Path(os.environ.get("WINDIR", "C:/Windows"), "Fonts"))
-    files = {str(path) for folder in folders for kind in ("ttf", "otf") for path in folder.rglob(f"*.{kind}")}
-    return tuple(path for path in sorted(files) if _has_latin(path))
-
-
-def _has_latin(path: str) -> bool:
-    try:
-        font = ImageFont.truetype(path, 24)
-        shapes = {bytes(font.getmask(character)) for character in "AMagm08\uffff"}  # U+FFFF has no glyph: the empty box
-    except OSError:  # not a font, or only bitmaps of another size (emoji)
-        return False
-    return len(shapes) == 8
-
-
 @lru_cache(maxsize=256)
-def _font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+def open_font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font file, or Pillow's own font for "". Raises `OSError` if Pillow cannot read it.
+
+    Letters are set one by one by Pillow itself: Raqm rounds their widths differently, and not every machine has it.
+    """
+    if path:
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # what it is whenever a size is given
+    return font
 
 
 def _text(rng: np.random.Generator) -> str:
@@ -104,7 +84,7 @@ def _text(rng: np.random.Generator) -> str:
 
 def _glyphs(rng: np.random.Generator, text: str, path: str, size: int) -> np.ndarray:
     """Coverage of the glyphs, float32 [H, W] in [0, 1], with a random margin and letter spacing."""
-    font = _font(path, size)
+    font = open_font(path, size)
     spacing = size * max(0.0, rng.uniform(-0.05, 0.2))
     canvas = Image.new("L", (round(len(text) * (1.4 * size + spacing)) + 2 * size, 3 * size))
     draw = ImageDraw.Draw(canvas)

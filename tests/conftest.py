@@ -25,6 +25,14 @@ class Tiny:
     samples: int
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_installed_fonts() -> None:
+    """Words are drawn with Pillow's own font, on every machine; commands in other processes name it."""
+    from data_tools import fonts
+
+    fonts.FOLDERS = ()
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all pytest workers of this run have in common."""

@@ -16,7 +16,7 @@ from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
 from data_tools import convert, overlap
 from data_tools.likeness import BITS, Index, digest, perceptual_hash
-from data_tools.words import find_fonts, render
+from data_tools.words import render
 from tests.conftest import Tiny
 
 EQUAL, ENCODED, SCALED = range(1, 11), range(11, 21), range(21, 31)  # records of the corpus in the evaluation set
@@ -26,10 +26,9 @@ EQUAL, ENCODED, SCALED = range(1, 11), range(11, 21), range(21, 31)  # records o
 def evaluation(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 crops of the corpus, as they are, encoded again and scaled, after 25 words that it does not hold."""
     folder = tmp_path_factory.mktemp("evaluation") / "set"
-    fonts = find_fonts()
     with LmdbReader(tiny.lmdb) as reader, LmdbWriter(folder) as writer:
         for index in range(25):
-            writer.add(render(99, index, fonts).image)
+            writer.add(render(99, index, ()).image)
         for number in (*EQUAL, *ENCODED, *SCALED):
             data = reader.image(number) or b""
             image = decode_rgb(data)[..., ::-1]
@@ -122,8 +121,7 @@ def test_wrong_wishes_are_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_the_hash_ignores_brightness_and_sees_another_word() -> None:
-    fonts = find_fonts()
-    word = decode_rgb(render(1, 5, fonts).image)
+    word = decode_rgb(render(1, 5, ()).image)
 
     def hashed(image: np.ndarray) -> np.ndarray:
         found = perceptual_hash(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
@@ -135,7 +133,7 @@ def test_the_hash_ignores_brightness_and_sees_another_word() -> None:
 
     assert bits(word, np.rint(word * 0.7 + 40).astype(np.uint8)) <= 4
     assert bits(word, cv2.GaussianBlur(word, (0, 0), 0.8)) <= overlap.DISTANCE
-    assert bits(word, decode_rgb(render(1, 6, fonts).image)) > 30
+    assert bits(word, decode_rgb(render(1, 6, ()).image)) > 30
     assert perceptual_hash(cv2.imencode(".png", np.full((20, 60), 128, np.uint8))[1].tobytes()) is None
     assert perceptual_hash(b"no image") is None
 

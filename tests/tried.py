@@ -38,7 +38,7 @@ from ccd_train.errors import FINISHED
 from ccd_train.tasks.choice import task_of
 from ccd_train.training.life import write_outcome
 from ccd_train.training.train import live
-from data_tools.words import Word, find_fonts, render
+from data_tools.words import Word, render
 from launch import submit
 
 LEAVES = [
@@ -112,7 +112,7 @@ def type_pages(paths: list[Path], folder: Path) -> dict[str, list[Try]]:
 
 def plant(root: Path) -> None:
     """A few words in each LMDB; the first of OCR-CC is also in a benchmark. Masks of OCR-CC, images, a recogniser."""
-    words: Iterator[Word] = (render(3, index, find_fonts()[:1]) for index in count())
+    words: Iterator[Word] = (render(3, index, ()) for index in count())
     leaked = next(words)
     for leaf in [*LEAVES, LABELLED]:
         with LmdbWriter(root / leaf) as writer:
@@ -166,6 +166,7 @@ def data_tool(words: list[str]) -> int:
     if name == "synth":
         arguments[arguments.index("--num-samples") + 1] = str(min(ENOUGH, int(value_of(arguments, "--num-samples"))))
         shutil.rmtree(value_of(arguments, "--out"), ignore_errors=True)
+        arguments += [] if "--fonts" in arguments else ["--fonts", "pillow"]
     if name == "convert" and "--slice" in arguments:
         arguments += ["--samples-per-shard", "1"]
         arguments[arguments.index("--out") + 1] += "_sliced"

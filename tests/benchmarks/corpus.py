@@ -12,9 +12,12 @@ import numpy as np
 from ccd_train.data.masks import decode_rgb, pseudo_mask
 from ccd_train.data.records import LmdbWriter
 from ccd_train.data.shards import MANIFEST
+from ccd_train.errors import UserError
 from data_tools import convert
-from data_tools.words import find_fonts, render
+from data_tools.fonts import FOLDERS
+from data_tools.words import render
 
+DEJAVU = 22  # faces
 INK, PAPER = 40, 220  # grey levels of text and background, where words are levelled
 
 
@@ -28,6 +31,19 @@ class Kind:
     """Of the random strings."""
     level: bool = False
     """All dark on light, by their pseudo-masks."""
+    fonts: tuple[str, ...] = ()
+    """Files; empty: Pillow's own font."""
+
+
+def dejavu() -> tuple[str, ...]:
+    """The faces of DejaVu by file name: what is published was drawn with them, whatever else is installed."""
+    found = [path for folder in FOLDERS for path in Path(folder).expanduser().rglob("DejaVu*.ttf")]
+    faces = {path.name: str(path) for path in sorted(found)}
+    if len(faces) != DEJAVU:
+        raise UserError(
+            f"{len(faces)} of {DEJAVU} faces of DejaVu in {', '.join(FOLDERS)}: install them (fonts-dejavu)"
+        )
+    return tuple(faces[name] for name in sorted(faces))
 
 
 def levelled(data: bytes) -> bytes:
@@ -45,11 +61,11 @@ def levelled(data: bytes) -> bytes:
 def write_words(path: Path, count: int, seed: int, kind: Kind) -> Path:
     """An LMDB of rendered words, whole or not there; what is there already stays."""
     if not path.exists():
-        fonts, unfinished = find_fonts(), path.with_name(f"{path.name}.unfinished")
+        unfinished = path.with_name(f"{path.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         with LmdbWriter(unfinished) as writer:
             for index in range(count):
-                word = render(seed, index, fonts, kind.alphabet, kind.length)
+                word = render(seed, index, kind.fonts, kind.alphabet, kind.length)
                 writer.add(levelled(word.image) if kind.level else word.image, word.label, word.mask)
         unfinished.rename(path)
     return path

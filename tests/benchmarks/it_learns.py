@@ -211,7 +211,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    kind = corpus.Kind(options.alphabet, level=options.level)
+    kind = corpus.Kind(options.alphabet, level=options.level, fonts=corpus.dejavu())
     corpus.write_shards(out / "shards", corpus.write_words(out / "words", options.words, options.seed, kind))
     corpus.write_words(out / "probe", options.probe_words, PROBE_SEED + options.seed, kind)
     words, masks = read_words([out / "probe"], options.probe_words), read_masks(out / "probe")

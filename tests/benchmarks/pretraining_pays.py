@@ -243,7 +243,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if options.alphabet:
         (out / "charset.txt").write_text("\n".join(dict.fromkeys(options.alphabet)))
-    kind = corpus.Kind(options.alphabet, tuple(options.length), options.level)
+    fonts = () if options.smoke else corpus.dejavu()
+    kind = corpus.Kind(options.alphabet, tuple(options.length), options.level, fonts)
     shards = options.corpus or rendered(out / "words", options.words, options.seed, kind)
     unlabelled = shards
     if options.unlabelled_length and not options.pretrained:

@@ -35,7 +35,7 @@ from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus, Manifest, read_manifest, write_manifest
 from data_tools import convert
-from data_tools.words import find_fonts, render
+from data_tools.words import render
 
 BATCH = 64
 WINDOW = 16
@@ -58,8 +58,7 @@ class RawBatches(Dataset[list[tuple[bytes | None, ...]]]):
 
 
 def render_lmdb(path: Path, samples: int) -> None:
-    fonts = find_fonts()
-    words = [render(1, index, fonts) for index in range(DISTINCT)]
+    words = [render(1, index, ()) for index in range(DISTINCT)]
     fill = MEAN_BYTES - sum(len(word.image) for word in words) // DISTINCT - 4
     comment = b"\xff\xfe" + (fill + 2).to_bytes(2, "big") + os.urandom(fill)  # a JPEG segment after the start marker
     with LmdbWriter(path) as writer:

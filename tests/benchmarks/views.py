@@ -30,7 +30,7 @@ from ccd_train.augment.views import MEAN, STD, Augmentation
 from ccd_train.data.masks import decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.draws import sample_keys
 from ccd_train.models.regions import label_regions, warp_regions
-from data_tools.words import find_fonts, render
+from data_tools.words import render
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import photometric_reference as reference
@@ -41,9 +41,9 @@ FLOOR_OFFICIAL, FLOOR_CV2 = 5.0, 0.5
 
 def crops(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rendered words: uint8 [B, 32, 128, 3], masks uint8 [B, 32, 128], native sizes int64 [B, 2]."""
-    fonts, images, masks, sizes = find_fonts(), [], [], []
+    images, masks, sizes = [], [], []
     for index in range(count):
-        image = decode_rgb(render(0, index, fonts).image)
+        image = decode_rgb(render(0, index, ()).image)
         images.append(resize_image(image))
         masks.append(resize_mask(pseudo_mask(image, "otsu")))
         sizes.append(image.shape[:2])
