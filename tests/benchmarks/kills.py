@@ -32,7 +32,7 @@ RUSH = {"checkpoint": {"every_steps": 2, "keep": 1}}  # saves and removals all t
 
 
 def corpus(folder: Path) -> SimpleNamespace:
-    assert synth.main(["--out", str(folder / "lmdb"), "--num-samples", "240", "--seed", "7"]) == 0
+    assert synth.main(["--out", str(folder / "lmdb"), "--num-samples", "240", "--seed", "7", "--fonts", "pillow"]) == 0
     shards = folder / "shards"
     options = ["--name", "words", "--workers", "1", "--samples-per-shard", "64"]
     assert convert.main(["--src", str(folder / "lmdb"), "--out", str(shards), *options]) == 0

@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        assert synth.main(["--out", str(folder / "lmdb"), "--num-samples", "400"]) == 0
+        assert synth.main(["--out", str(folder / "lmdb"), "--num-samples", "400", "--fonts", "pillow"]) == 0
         assert convert.main(["--src", str(folder / "lmdb"), "--out", str(folder / "shards"), "--name", "words"]) == 0
         for name in arguments.recipes:
             config = read_recipe(name, Config)

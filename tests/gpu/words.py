@@ -14,7 +14,7 @@ from data_tools import convert, synth
 
 def lmdb(folder: Path, name: str, count: int, seed: int, workers: int) -> Path:
     path = folder / f"{name}.unfinished"
-    arguments = ["--out", str(path), "--num-samples", str(count), "--seed", str(seed), "--labels"]
+    arguments = ["--out", str(path), "--num-samples", str(count), "--seed", str(seed), "--labels", "--fonts", "pillow"]
     assert synth.main([*arguments, "--workers", str(workers)]) == 0
     return path.rename(folder / name)
 
