@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, Tiny
 
-from ccd_train.commands.doctor import Finding, disks, limits, table, versions
 from ccd_train.config.pretraining import Config, Data
+from ccd_train.tasks.pretrain.checkup import Finding, disks, limits, table, versions
 
 
 def doctor(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:

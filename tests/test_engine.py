@@ -303,25 +303,25 @@ def test_a_deepspeed_file_may_not_set_what_is_ours(tmp_path: Path, key: str) -> 
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({key: 1}))
     with pytest.raises(UserError, match=f"{key} does not belong there.*--"):
-        read_deepspeed_file(str(file))
+        read_deepspeed_file(str(file), gpus=False)
 
 
 def test_deepspeed_files_that_cannot_be_read(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        read_deepspeed_file(str(broken))
+        read_deepspeed_file(str(broken), gpus=False)
     with pytest.raises(UserError, match=r"there are .*zero1_fp32"):
-        read_deepspeed_file("zero9")
+        read_deepspeed_file("zero9", gpus=False)
     for kind in ("bf16", "fp16"):  # its optimiser at stage 0 takes a step of its own
         (tmp_path / "zero0.json").write_text(json.dumps({kind: {"enabled": True}}))
         with pytest.raises(UserError, match=r"need ZeRO stage 1 or more.*zero0_autocast_bf16"):
-            read_deepspeed_file(str(tmp_path / "zero0.json"))
+            read_deepspeed_file(str(tmp_path / "zero0.json"), gpus=False)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        read_deepspeed_file("zero1_fp16")
+        read_deepspeed_file("zero1_fp16", gpus=False)
     marked = tmp_path / "marked.json"
     marked.write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"stage": 1}}')  # as Windows' editors write it
-    assert read_deepspeed_file(str(marked))[1] == {"zero_optimization": {"stage": 1}}
+    assert read_deepspeed_file(str(marked), gpus=False)[1] == {"zero_optimization": {"stage": 1}}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_slip_in_a_deepspeed_file_is_one_line(tmp_path: Path, content: Any, sa
     """DeepSpeed passes over a key that it does not know: a misspelt stage would train without ZeRO."""
     (tmp_path / "mine.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=said) as refused:
-        read_deepspeed_file(str(tmp_path / "mine.json"))
+        read_deepspeed_file(str(tmp_path / "mine.json"), gpus=False)
     assert "\n" not in str(refused.value)
 
 

@@ -22,9 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ccd_train.commands import estimate
 from ccd_train.config.options import parse, read_recipe
 from ccd_train.config.pretraining import Config, Model
+from ccd_train.config.verbs import EstimateSettings
 from ccd_train.errors import UserError
 from ccd_train.models import budget
 from ccd_train.models.ccd import Student, Teacher
+from ccd_train.reports import estimation
 from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training.run import begin
 from ccd_train.training.train import train_step
@@ -167,19 +169,19 @@ def launches(tiny: Tiny, folder: Path, depths: tuple[int, ...]) -> list[int]:
     return counts
 
 
-def settings(*arguments: str) -> estimate.EstimateSettings:
-    return parse(estimate.EstimateSettings, ["--config", "vit_small", *arguments], "test")
+def settings(*arguments: str) -> EstimateSettings:
+    return parse(EstimateSettings, ["--config", "vit_small", *arguments], "test")
 
 
 def test_a_larger_batch_is_faster_per_image_and_more_gpus_never_slower() -> None:
     small_batch, large = settings(), settings("--train.micro_batch_size", "256")
-    for gpus in estimate.SIZES:
-        assert estimate.estimate(large, gpus).rate > estimate.estimate(small_batch, gpus).rate
-    rates = [estimate.estimate(large, gpus).rate for gpus in estimate.SIZES]
+    for gpus in estimation.SIZES:
+        assert estimation.estimate(large, gpus).rate > estimation.estimate(small_batch, gpus).rate
+    rates = [estimation.estimate(large, gpus).rate for gpus in estimation.SIZES]
     assert rates == sorted(rates)
-    assert estimate.estimate(small_batch, 8).seconds.bottleneck == "launches"
+    assert estimation.estimate(small_batch, 8).seconds.bottleneck == "launches"
     slow_network = settings("--network_gbit", "1", "--gpus_per_node", "1")
-    assert estimate.estimate(slow_network, 8).seconds.bottleneck == "network"
+    assert estimation.estimate(slow_network, 8).seconds.bottleneck == "network"
 
 
 def test_states_shrink_with_stages_and_ranks() -> None:
@@ -224,5 +226,5 @@ def test_the_tables_of_the_page_are_those_of_the_command() -> None:
     commands = re.findall(r"^    (ccd-train estimate .*--table)$", page, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        options = parse(estimate.EstimateSettings, command.split()[2:], "test")
-        assert estimate.table(options) in page, f"run {command} again and paste its table"
+        options = parse(EstimateSettings, command.split()[2:], "test")
+        assert estimation.table(options) in page, f"run {command} again and paste its table"

@@ -14,11 +14,13 @@ import words
 from conftest import Tiny
 
 from ccd_train.commands import evaluate
-from ccd_train.commands.evaluate import Result
+from ccd_train.config.verbs import EvaluateOptions, RecognizerSource
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
-from ccd_train.reports import benchmarks
+from ccd_train.reports import benchmarks, evaluation
 from ccd_train.reports.benchmarks import GROUPS, PUBLISHED, BenchmarkWords, find_sets, other_size
+from ccd_train.reports.evaluation import Result
+from ccd_train.tasks.recognize.reading import open_recognizer
 from ccd_train.tasks.recognize.scoring import RULES, same, similarity
 from ccd_train.weights.recognizer import FILE, Trained
 
@@ -176,7 +178,7 @@ def test_averages_over_the_usual_groups() -> None:
         if name in GROUPS["eleven"]
     ]
     results[0] = Result("IIIT5k_3000", 3000, 3000, 1.0, 0, 0, 0, 0, "")
-    by_name = {average.name: average for average in evaluate.averages(results)}
+    by_name = {average.name: average for average in evaluation.averages(results)}
     assert list(by_name) == ["regular", "irregular", "six", "occluded", "eleven", "all"]
     eleven = by_name["eleven"]
     assert eleven.words == 3000 + 647 + 1015 + 1811 + 645 + 288 + 9896 + 1572 + 2201 + 2416 + 2416
@@ -197,7 +199,7 @@ def test_the_weighted_average_is_the_published_one() -> None:
             Result(name, PUBLISHED[name][0], round(PUBLISHED[name][0] * accuracy / 100), 0.0, 0, 0, 0, 0, "")
             for name, accuracy in zip((*order, "WOST"), row, strict=True)
         ]
-        (eleven,) = [average for average in evaluate.averages(results) if average.name == "eleven"]
+        (eleven,) = [average for average in evaluation.averages(results) if average.name == "eleven"]
         assert 100 * eleven.accuracy_by_words == pytest.approx(published, abs=0.06)
 
 
@@ -280,7 +282,7 @@ def test_every_set_is_looked_at_before_any_is_read(
 def test_the_place_is_looked_at_before_any_set_is_read(
     export: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "evaluate", None)
+    monkeypatch.setattr(evaluation, "evaluate", None)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot be written"):
         evaluate.main(["--weights", str(export), "--data", str(data), "--out", str(tmp_path / "file")])
@@ -318,7 +320,7 @@ def test_what_was_read_before_the_damage_is_printed_and_kept(
 def test_words_that_count_twice_are_said() -> None:
     def warned(*names: str) -> list[str]:
         results = [Result(name, PUBLISHED[name][0], 1, 0.5, 0, 0, 0, 0, "") for name in names]
-        return evaluate.warnings(results, "all")
+        return evaluation.warnings(results, "all")
 
     (both,) = warned("IC13_857", "IC13_1015", "IC15_1811")
     assert both.startswith("average all counts the words of IC13_857 twice, which are among those of IC13_1015;")
@@ -335,25 +337,27 @@ def test_what_was_read_is_printed_even_if_it_cannot_be_kept(
     assert "| SVT | 5 |" in capsys.readouterr().out
 
 
-def test_weights_that_are_replaced_while_they_are_read_are_refused(tmp_path: Path) -> None:
-    class Racing(evaluate.EvaluateOptions):
-        def open(self) -> Trained:
-            trained = super().open()
-            words.write(tmp_path, words.small(seed=4))
-            return trained
+def test_weights_that_are_replaced_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def racing(source: RecognizerSource) -> Trained:
+        trained = open_recognizer(source)
+        words.write(tmp_path, words.small(seed=4))
+        return trained
 
     words.write(tmp_path)
-    with pytest.raises(UserError, match="was replaced while it was read"):
-        evaluate.open_known(Racing(weights=tmp_path))
-    _, _, sha256 = evaluate.open_known(evaluate.EvaluateOptions(weights=tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="was replaced while it was read"):
+        patch.setattr(evaluation, "open_recognizer", racing)
+        evaluation.open_known(EvaluateOptions(weights=tmp_path))
+    _, _, sha256 = evaluation.open_known(EvaluateOptions(weights=tmp_path))
     assert sha256 == hashlib.sha256((tmp_path / FILE).read_bytes()).hexdigest()
 
 
 def test_table_and_record_bear_the_hash_of_what_was_read() -> None:
     """Whatever lies at the weights' place by then."""
     trained, results = words.small(), [Result("SVT", 2, 1, 0.5, 0, 0, 0, 0, "")]
-    assert "memory (sha256 0123456789ab)" in evaluate.table(trained, "0123456789abcdef", "case", results)
-    assert evaluate.record(trained, "0123456789abcdef", "case", results)["weights_sha256"] == "0123456789abcdef"
+    assert "memory (sha256 0123456789ab)" in evaluation.table(trained, "0123456789abcdef", "case", results)
+    assert evaluation.record(trained, "0123456789abcdef", "case", results)["weights_sha256"] == "0123456789abcdef"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from ccd_train.commands.export import Export
 from ccd_train.config.options import (
     describe,
     from_dict,
@@ -25,6 +24,7 @@ from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import flatten, identity
 from ccd_train.config.texts import help_texts
+from ccd_train.config.verbs import Export
 from ccd_train.errors import UserError
 
 

@@ -16,10 +16,12 @@ from ccd_train.commands import export
 from ccd_train.commands import probe as command
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
+from ccd_train.models.ccd import Teacher
 from ccd_train.models.regions import label_regions
 from ccd_train.models.vit import VisionTransformer
 from ccd_train.tasks.pretrain import probe
 from ccd_train.tasks.pretrain.weights import open_weights
+from ccd_train.weights.backbone import load
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
 COLORS = 8
@@ -156,7 +158,7 @@ def test_export_needs_no_run_to_be_opened_by_the_probe(tmp_path: Path) -> None:
     scores = []
     for path, heads in ((OFFICIAL, 2), (tmp_path, None)):
         found = open_weights(path, heads)
-        network = command.Teacher(found.model)
-        command.load(network, found.teacher, found.origin)
+        network = Teacher(found.model)
+        load(network, found.teacher, found.origin)
         scores.append(probe.probe(network.vit, words))
     assert scores[0] == scores[1]

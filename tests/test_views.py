@@ -15,14 +15,17 @@ from ccd_train.augment.photometric.chain import OPERATIONS
 from ccd_train.augment.severities import Augment
 from ccd_train.augment.views import Augmentation
 from ccd_train.commands import views
+from ccd_train.config.options import parse
+from ccd_train.config.verbs import ViewsSettings
 from ccd_train.draws import sample_keys
 from ccd_train.errors import UserError
+from ccd_train.tasks.pretrain import sheets
 
 
 def cell(sheet: np.ndarray, row: int, column: int, titled: bool = False) -> np.ndarray:
     """The picture [32, 128, 3] at a place of a sheet of scale 1."""
-    line = 32 + views.GAP + (views.TITLE if titled else 0)
-    bottom, left = views.TITLE + line * (row + 1), views.GAP + column * (128 + views.GAP)
+    line = 32 + sheets.GAP + (sheets.TITLE if titled else 0)
+    bottom, left = sheets.TITLE + line * (row + 1), sheets.GAP + column * (128 + sheets.GAP)
     return sheet[bottom - 32 : bottom, left : left + 128]
 
 
@@ -35,15 +38,15 @@ def sheet(path: Path, words: list[str]) -> np.ndarray:
 def test_samples_are_those_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     words = ["--data.shards", str(tiny.shards), "--samples", "5", "--position", "7", "--seed", "3"]
     picture = sheet(tmp_path / "sheet.png", words)
-    batch = views.read(views.parse(views.ViewsSettings, [*words, "--out", "x.png"], "ccd-train views"))
+    batch = sheets.read(parse(ViewsSettings, [*words, "--out", "x.png"], "ccd-train views"))
     made = Augmentation(Augment(), Affine())(
         batch.images_u8, batch.native_size, sample_keys(3, batch.epochs, batch.sample_ids)
     )
     crops = batch.images_u8.permute(0, 2, 3, 1).numpy()
     for row in range(5):
         assert np.array_equal(cell(picture, row, 0), crops[row])
-        assert np.array_equal(cell(picture, row, 1), views.pixels(made.regular)[row])
-        assert np.array_equal(cell(picture, row, 2), views.pixels(made.irregular)[row])
+        assert np.array_equal(cell(picture, row, 1), sheets.pixels(made.regular)[row])
+        assert np.array_equal(cell(picture, row, 2), sheets.pixels(made.irregular)[row])
         assert np.array_equal(cell(picture, row, 3)[..., 0] > 0, batch.pseudo_mask[row].numpy() > 0)
     again = sheet(tmp_path / "again.png", words)
     assert np.array_equal(picture, again)
@@ -61,7 +64,7 @@ def test_characters_have_one_colour_in_both_views(tiny: Tiny, tmp_path: Path) ->
 
 def test_every_operation_has_a_row(tiny: Tiny, tmp_path: Path) -> None:
     picture = sheet(tmp_path / "each.png", ["--data.shards", str(tiny.shards), "--samples", "4", "--each"])
-    assert picture.shape[0] == views.TITLE + (32 + views.GAP + views.TITLE) * len(OPERATIONS) + views.GAP
+    assert picture.shape[0] == sheets.TITLE + (32 + sheets.GAP + sheets.TITLE) * len(OPERATIONS) + sheets.GAP
     different = 0
     for row in range(len(OPERATIONS)):
         crop, high = (cell(picture, row, column, titled=True) for column in (0, 3))
@@ -90,6 +93,6 @@ def test_faint_regions_are_in_one_view_only() -> None:
     ids[:, :10], ids[:, 20:30] = 1, 2
     known = np.zeros(26, bool)
     known[0] = True
-    shown = views.over(np.full((32, 128, 3), 200, np.uint8), ids, known).astype(int)
+    shown = sheets.over(np.full((32, 128, 3), 200, np.uint8), ids, known).astype(int)
     assert shown[0, 5].max() > shown[0, 25].max() > shown[0, 50].max()
-    assert torch.equal(views.poolable(torch.from_numpy(ids)[None])[0, :3], torch.tensor([True, True, False]))
+    assert torch.equal(sheets.poolable(torch.from_numpy(ids)[None])[0, :3], torch.tensor([True, True, False]))

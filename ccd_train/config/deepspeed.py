@@ -39,17 +39,13 @@ VALUES = {
 }  # fmt: skip
 
 
-def read_deepspeed_file(name: str | None, gpus: bool | None = None) -> tuple[str, dict[str, Any]]:
+def read_deepspeed_file(name: str | None, gpus: bool) -> tuple[str, dict[str, Any]]:
     """The name and the content of a file of ds_configs/ (by name) or of the user's (by path).
 
-    `gpus`: whether the run has any; by default, whether this machine has. Raises UserError where there is no such file,
-    where it is no JSON, or where it sets what our configuration owns.
+    `gpus`: whether the run has any. Raises UserError where there is no such file, where it is no JSON, or where it sets
+    what our configuration owns.
     """
     if name is None:
-        if gpus is None:
-            import torch  # not needed to read settings, and slow to import
-
-            gpus = torch.cuda.is_available()
         name = "zero1_bf16" if gpus else "zero1_fp32"
     folder = resources.files("ds_configs")
     known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))

@@ -10,6 +10,8 @@ from ccd_train.augment.affine import Affine
 from ccd_train.augment.severities import Augment
 from ccd_train.config.run import AdamW, RunConfig, require
 
+HELD_OUT = 4  # every so many usable words of a probe one is held out
+
 
 @dataclass(frozen=True)
 class Data:
@@ -193,7 +195,7 @@ class Probe:
         require(self.every_steps >= 0, "probe.every_steps", self.every_steps, "must be 0 or more")
         named = self.every_steps == 0 or len(self.data) > 0
         require(named, "probe.data", "()", "probe.every_steps needs labelled words: --probe.data LMDB")
-        require(self.words >= 4, "probe.words", self.words, "must be 4 or more")
+        require(self.words >= HELD_OUT, "probe.words", self.words, f"must be {HELD_OUT} or more")
 
 
 @dataclass(frozen=True)

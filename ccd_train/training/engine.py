@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(self, student: nn.Module, config: RunConfig, accumulation: int) -> None:
         """`student` on this rank's device, with the same weights on every rank."""
-        self.name, content = read_deepspeed_file(config.deepspeed)
+        self.name, content = read_deepspeed_file(config.deepspeed, torch.cuda.is_available())
         self._offload = "offload_optimizer" in content.get("zero_optimization", {})
         self._fused = torch.cuda.is_available() and not self._offload  # one kernel for all that a step of AdamW does
         optimizer = torch.optim.AdamW(

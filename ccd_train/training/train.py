@@ -195,7 +195,7 @@ def live(task: Task) -> tuple[int, str]:
     """One life of a run, from its start or resume to its exit code and a line about it."""
     config = task.config
     config.check()
-    read_deepspeed_file(config.deepspeed)  # refused now, not after the data was opened
+    read_deepspeed_file(config.deepspeed, torch.cuda.is_available())  # refused now, not after the data was opened
     distributed.initialize(config.distributed.timeout)
     run = begin(task)
     with guarded(run) as metrics:

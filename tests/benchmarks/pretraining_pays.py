@@ -29,7 +29,6 @@ import cv2
 import numpy as np
 
 from ccd_train import distributed
-from ccd_train.commands.evaluate import evaluate
 from ccd_train.config.options import read_recipe
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import SCRATCH, FineTuning
@@ -37,6 +36,7 @@ from ccd_train.config.run import RunConfig
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.errors import FINISHED
 from ccd_train.reports.benchmarks import find_sets
+from ccd_train.reports.evaluation import evaluate
 from ccd_train.reports.history import read_history
 from ccd_train.tasks.choice import task_of
 from ccd_train.tasks.recognize.reading import Reader

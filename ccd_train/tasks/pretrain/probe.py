@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ccd_train.augment.views import normalize
+from ccd_train.config.pretraining import HELD_OUT
 from ccd_train.data.masks import UndecodableImage, decode_rgb, pseudo_mask, resize_image, resize_mask
 from ccd_train.data.records import LmdbReader, find_lmdbs
 from ccd_train.errors import UserError
 from ccd_train.models.regions import label_regions, pool
 from ccd_train.models.vit import VisionTransformer
 
-HELD_OUT = 4  # every so many usable words one is held out
 NEIGHBOURS = 5
 DECAY = 1e-2  # of the linear classifier's weights, on standardised features
 STEPS = 60  # of L-BFGS; its score moves by less than 0.1 % after 40

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -14,39 +12,12 @@ import torch
 
 from ccd_train import distributed
 from ccd_train.augment.views import normalize
-from ccd_train.config.run import require
+from ccd_train.config.verbs import RecognizerSource
 from ccd_train.data.charset import read_charset
 from ccd_train.data.masks import UndecodableImage, decode_rgb, resize_image
 from ccd_train.models import decoding
 from ccd_train.weights import recognizer
 from ccd_train.weights.recognizer import Trained
-
-
-@dataclass(frozen=True)
-class RecognizerSource:
-    """Which recogniser reads."""
-
-    weights: Path | None = None
-    """A fine-tuning run, an export of one, or an official .pth."""
-    charset: str | None = None
-    """The characters of an official .pth that is none of the named charsets: 36, 62, DICT90 or a text file
-    (one character a line, or all on a single line)."""
-    heads: int | None = None
-    """Attention heads of an official .pth whose backbone is not 64 wide per head."""
-    decoder_heads: int | None = None
-    """Attention heads of an official .pth whose decoder is not 64 wide per head."""
-
-    def check(self) -> None:
-        require(self.weights is not None, "weights", None, "name the recogniser: --weights RUN_OR_EXPORT")
-        for name in ("heads", "decoder_heads"):
-            given = getattr(self, name)
-            require(given is None or given >= 1, name, given, "must be 1 or more")
-
-    def open(self) -> Trained:
-        """Raises UserError where there is no recogniser or it does not fit."""
-        assert self.weights is not None, "check comes first"
-        charset = None if self.charset is None else read_charset(self.charset)
-        return recognizer.read(self.weights, charset, self.heads, self.decoder_heads)
 
 
 class Reading(NamedTuple):
@@ -57,6 +28,13 @@ class Reading(NamedTuple):
     """The probability of the whole word: of all its characters and of its end."""
     characters: list[float]
     """The probability of each character of the text, given those before it."""
+
+
+def open_recognizer(source: RecognizerSource) -> Trained:
+    """The recogniser of checked settings. UserError where there is none or it does not fit."""
+    assert source.weights is not None, "check comes first"
+    charset = None if source.charset is None else read_charset(source.charset)
+    return recognizer.read(source.weights, charset, source.heads, source.decoder_heads)
 
 
 class Reader:
