@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from ccd_train.errors import UserError, run
+from ccd_train.errors import run
+from ccd_train.programs import choose
 
 VERBS = {
     "pretrain": "pretrain on shards; the same --run_dir again goes on where it stopped",
@@ -25,13 +26,7 @@ VERBS = {
 
 
 def verb() -> int:
-    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
-    if name in ("-h", "--help"):
-        print(__doc__)
-        print("\n".join(f"  {key:10} {text}" for key, text in VERBS.items()))
-        return 0
-    if name not in VERBS:
-        raise UserError(f"ccd-train {name}: no such verb; there are {', '.join(VERBS)}")
+    name, arguments = choose("ccd-train", __doc__, VERBS, sys.argv[1:])
     return importlib.import_module(f"ccd_train.commands.{name}").main(arguments)  # type: ignore[no-any-return]
 
 

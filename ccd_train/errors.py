@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 FINISHED = 0
@@ -26,6 +27,12 @@ class OccupiedError(UserError):
 
 class TrainingError(Exception):
     """Training cannot go on (non-finite losses, collapse, a rank lost). One line. Ends with exit code 3."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that it resembles, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def run(verb: Callable[[], int]) -> NoReturn:

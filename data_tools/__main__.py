@@ -1,4 +1,7 @@
-"""`ccd-data VERB …`, also `python -m data_tools VERB …`."""
+"""ccd-data: LMDBs to webdataset shards, and looks at what is in them.
+
+ccd-data VERB --help        (or python -m data_tools VERB --help)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import importlib
 import io
 import sys
 
-from ccd_train.errors import UserError, run
+from ccd_train.errors import run
+from ccd_train.programs import choose
 
 VERBS = {
     "synth": "render an LMDB of words",
@@ -19,25 +23,17 @@ VERBS = {
 }
 
 
-def dispatch() -> int:
+def verb() -> int:
     """Runs the verb that the command line names; returns its exit code. Only that verb's module is imported."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: ccd-data VERB [options]      (ccd-data VERB --help tells more)\n")
-        for verb, purpose in VERBS.items():
-            print(f"  {verb:<8} {purpose}")
-        return 0
-    verb = arguments[0]
-    if verb not in VERBS:
-        raise UserError(f"ccd-data {verb}: no such verb; there are {', '.join(VERBS)}")
-    return int(importlib.import_module(f"data_tools.{verb}").main(arguments[1:]))
+    name, arguments = choose("ccd-data", __doc__, VERBS, sys.argv[1:])
+    return int(importlib.import_module(f"data_tools.{name}").main(arguments))
 
 
 def main() -> None:
     """Entry point of the console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be bytes that no encoding knows
         sys.stdout.reconfigure(errors="backslashreplace")
-    run(dispatch)
+    run(verb)
 
 
 if __name__ == "__main__":

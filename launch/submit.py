@@ -18,9 +18,18 @@ import sys
 from pathlib import Path
 
 from ccd_train.errors import FINISHED, run
+from ccd_train.programs import choose
 from launch.jobs import PASSED_ON, sharding, training
 from launch.lives import note
 from launch.status import describe
+
+VERBS = {
+    "pretrain": "a pretraining run",
+    "finetune": "a fine-tuning run",
+    "shard": "LMDBs to shards, an array of jobs",
+    "status": "how a run stands, from SLURM and its folder",
+}
+
 
 
 def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
@@ -74,16 +83,11 @@ def print_status(arguments: argparse.Namespace, settings: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Of all verbs."""
-    parser = argparse.ArgumentParser(
-        prog="ccd-submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="ccd-submit", allow_abbrev=False)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for name, title, time in (
-        ("pretrain", "a pretraining run", "24:00:00"),
-        ("finetune", "a fine-tuning run", "12:00:00"),
-    ):
-        add_training_options(verbs.add_parser(name, help=title, allow_abbrev=False), name, time)
-    shard = verbs.add_parser("shard", help="LMDBs to shards, an array of jobs", allow_abbrev=False)
+    pretrain, finetune, shard, status = (verbs.add_parser(name, help=VERBS[name], allow_abbrev=False) for name in VERBS)
+    add_training_options(pretrain, "pretrain", time="24:00:00")
+    add_training_options(finetune, "finetune", time="12:00:00")
     shard.set_defaults(verb=submit_sharding)
     shard.add_argument("--src", type=Path, action="append", required=True, help="an LMDB or a tree of them; repeatable")
     shard.add_argument("--out", type=Path, required=True, help="on a disk that all nodes see")
@@ -92,7 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
     shard.add_argument("--at-once", type=positive, default=16, help="that may run at the same time (16)")
     shard.add_argument("--cpus-per-task", type=positive, default=4, help="workers of a slice (4)")
     add_sbatch_options(shard, time="04:00:00")
-    status = verbs.add_parser("status", help="how a run stands, from SLURM and its folder", allow_abbrev=False)
     status.set_defaults(verb=print_status)
     status.add_argument("run_dir", type=Path, metavar="RUN")
     return parser
@@ -151,6 +154,7 @@ def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def verb() -> int:
+    choose("ccd-submit", __doc__, VERBS, sys.argv[1:])
     arguments, settings = read(sys.argv[1:])
     return int(arguments.verb(arguments, settings))
 

@@ -24,7 +24,7 @@ RANK_VARIABLES = {
 }  # fmt: skip
 
 FLOORS = (
-    {"errors", "files", "durations", "draws", "distributed"},
+    {"errors", "programs", "files", "durations", "draws", "distributed"},
     {"config", "drawing", "augment"},
     {"data", "models"},
     {"weights"},

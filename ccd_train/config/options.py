@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Sequence
 from importlib import resources
@@ -14,7 +13,7 @@ import yaml
 
 from ccd_train.config import arguments
 from ccd_train.config.texts import help_texts
-from ccd_train.errors import UserError
+from ccd_train.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
 
@@ -132,7 +131,7 @@ def from_dict(
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{where}: unknown setting {prefix}{name}{_nearest(str(name), known)}")
+            raise UserError(f"{where}: unknown setting {prefix}{name}{did_you_mean(str(name), known)}")
         if dataclasses.is_dataclass(hints[name]):
             arguments[name] = from_dict(hints[name], value, where, f"{prefix}{name}.", getattr(base, name))
         else:
@@ -201,12 +200,7 @@ def _refuse_unknown_options(kind: type, argv: Sequence[str]) -> None:
         name = argument[2:].partition("=")[0].replace("-", "_")
         section, dot, last = name.rpartition(".")
         if name not in known and f"{section}{dot}{last.removeprefix('no_')}" not in known:
-            raise UserError(f"unknown option --{name}{_nearest(name, known)}; --help lists all")
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"unknown option --{name}{did_you_mean(name, known)}; --help lists all")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
