@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccd_train.config.options import parse
+from ccd_train.config.stored import claim
 from ccd_train.data.records import find_lmdbs
 from ccd_train.errors import UserError
-from ccd_train.tasks.choice import task_of
 from launch import slurm
 from launch.outcome import SETTINGS
-from launch.preflight import check_training, check_writable
+from launch.preflight import check_batch, check_settings, check_writable
 from launch.script import array, render
 
 BESIDE_WORKERS = 2  # CPUs per process for what is not the loader: the training process and its helpers
@@ -39,12 +39,22 @@ class Job:
 
 
 def training(arguments: Namespace, settings: list[str]) -> Job:
-    """The job of a run of `ccd-train {arguments.trains}`. Raises UserError for what would fail in the queue."""
+    """The job of a run of `ccd-train {arguments.trains}`. Raises UserError for what would fail in the queue.
+
+    A dry run is checked as far as it goes without torch.
+    """
     run_dir = arguments.run_dir.resolve()
     settings = [*settings, "--run_dir", str(run_dir)]
     config = parse(SETTINGS[arguments.trains], settings, f"ccd-train {arguments.trains}")
     processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_training(task_of(config), arguments.nodes * processes, gpus=bool(arguments.gpus_per_node or arguments.gres))
+    check_settings(config, gpus=bool(arguments.gpus_per_node or arguments.gres))
+    facts = None
+    if not arguments.dry_run:
+        from launch.rehearsal import rehearse  # imports torch, which takes seconds
+
+        facts = rehearse(config)
+    batch = claim(run_dir, config, facts, config.train.global_batch_size)
+    check_batch(config, arguments.nodes * processes, batch)
     options: dict[str, str | None] = {
         "job-name": arguments.job_name or f"ccd-{run_dir.name}".replace("\n", " "),
         "nodes": str(arguments.nodes),

@@ -1,49 +1,66 @@
-"""What would fail after hours in the queue, looked at before."""
+"""What would fail after hours in the queue, looked at before, as far as settings, files and arithmetic tell.
+
+Nothing here needs torch: a dry run has its answer at once. `rehearsal.py` has the rest.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from ccd_train.config.deepspeed import read_deepspeed_file
+from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import SCRATCH, FineTuning
 from ccd_train.config.run import RunConfig
+from ccd_train.data.charset import read_charset
+from ccd_train.data.records import find_lmdbs
+from ccd_train.data.shards import MANIFEST, Corpus
 from ccd_train.errors import UserError
-from ccd_train.training.life import claim
-from ccd_train.training.task import Task
+from ccd_train.models import budget
 from launch.lives import newest_step
 
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_training(task: Task, ranks: int, gpus: bool) -> None:
-    """Raises UserError for whatever would refuse or end this run on `ranks` ranks, with GPUs or without."""
-    config = task.config
+def check_settings(config: Config | FineTuning, gpus: bool) -> None:
+    """Raises UserError for what no number of ranks can run, with GPUs or without."""
     config.check()
     assert config.run_dir is not None
     read_deepspeed_file(config.deepspeed, gpus)
-    facts = task.open()
+    if isinstance(config, FineTuning):
+        find_words((*config.data.train, *config.data.valid))
+        classes = read_charset(config.data.charset).classes
+        parameters = budget.recognizer_parameters(config.model, config.recognizer, classes)
+    else:
+        Corpus.open(config.data.shards, config.data.exclude)
+        find_words(config.probe.data if config.probe.every_steps else ())
+        parameters = sum(budget.parameters(config.model).values())
     check_writable(config.run_dir)
-    check_batch(config, ranks, claim(config.run_dir, config, facts, config.train.global_batch_size))
-    check_start(task)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in task.network().parameters())
+    check_start(config)
     check_space(config, parameters)
 
 
-def check_start(task: Task) -> None:
-    """Looks at what the run goes on from, and reads the weights that a new one starts from."""
-    config = task.config
+def find_words(folders: Iterable[Path]) -> None:
+    """Refuses a folder with neither shards nor LMDBs."""
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            Corpus.open(folder)
+        else:
+            find_lmdbs(folder)
+
+
+def check_start(config: RunConfig) -> None:
+    """Looks whether the run may go on, or start, as --resume.mode and --init say."""
     assert config.run_dir is not None
-    step = newest_step(config.run_dir)
+    step, init = newest_step(config.run_dir), config.init
     if step == 0 and config.resume.mode == "must":
         raise UserError(f"--resume.mode must: no complete checkpoint in {config.run_dir}; check --run_dir, or drop it")
     if step and config.resume.mode == "never":
         raise UserError(f"--resume.mode never: {config.run_dir} has a checkpoint; take another --run_dir")
-    if not step and config.init is not None:
-        task.start(task.network())
+    if not (step or init in (None, SCRATCH) or init.exists()):
+        raise UserError(f"{init}: no such file or folder; give --init a run folder, an export, or an official .pth")
 
 
 def check_batch(config: RunConfig, ranks: int, batch: int | None) -> None:

@@ -30,6 +30,7 @@ VERBS = {
     "status": "how a run stands, from SLURM and its folder",
 }
 
+DRY_RUN = "settings, files, batch and disk space are checked; data and --init are read when the job is submitted"
 
 
 def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
@@ -37,6 +38,7 @@ def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
     job = training(arguments, settings)
     if arguments.dry_run:
         print(job.text, end="")
+        print(f"dry run: {DRY_RUN}", file=sys.stderr)
         return FINISHED
     numbers: list[str] = []
     for _ in range(max(arguments.chain, 1)):

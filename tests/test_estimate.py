@@ -22,10 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ccd_train.commands import estimate
 from ccd_train.config.options import parse, read_recipe
 from ccd_train.config.pretraining import Config, Model
+from ccd_train.config.recognition import FineTuning
 from ccd_train.config.verbs import EstimateSettings
 from ccd_train.errors import UserError
 from ccd_train.models import budget
 from ccd_train.models.ccd import Student, Teacher
+from ccd_train.models.recognizer import Recognizer
 from ccd_train.reports import estimation
 from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training.run import begin
@@ -48,6 +50,15 @@ def test_parameters_are_exact(name: str) -> None:
     for part, count in parts.items():
         assert count == sum(p.numel() for p in getattr(student, part).parameters())
     assert parts["vit"] + parts["projection"] == sum(p.numel() for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["recognizer_small", "recognizer_nano"])
+def test_parameters_of_recognizers_are_exact(name: str) -> None:
+    config = read_recipe(name, FineTuning)
+    with torch.device("meta"):
+        network = Recognizer(config.model, config.recognizer, 92)
+    counted = sum(parameter.numel() for parameter in network.parameters())
+    assert budget.recognizer_parameters(config.model, config.recognizer, 92) == counted
 
 
 def views(characters: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

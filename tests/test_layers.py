@@ -6,6 +6,8 @@ Read from the source by ast, so that an import inside a function counts as well.
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import re
 import subprocess
 import sys
@@ -14,8 +16,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import Tiny
 
+from ccd_train import __version__
 from ccd_train.__main__ import VERBS
+from ccd_train.config.options import describe, read_recipe
+from ccd_train.config.pretraining import Config
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = ("ccd_train", "data_tools", "launch")
@@ -37,6 +43,10 @@ TASKS = ({"pretrain"}, {"recognize"}, {"choice"})  # in order: a later one may b
 BESIDE_THE_ROOMS, LINES, FUNCTION_LINES = 8, 400, 60
 # what DeepSpeed calls of `training.library.Files`
 CALLED_BY_LIBRARIES = {"create", "makedirs", "is_data_parallel_writer", "is_decoupled", "preserves_storage_sharing"}
+
+SLOW = ("torch", "deepspeed")  # seconds to import
+DOORS = {"ccd-train": "ccd_train.__main__", "ccd-data": "data_tools.__main__", "ccd-submit": "launch.submit"}
+HELPS = [(name, verb) for name, door in DOORS.items() for verb in ("", *importlib.import_module(door).VERBS)]
 
 
 def modules() -> list[str]:
@@ -274,20 +284,73 @@ def test_nothing_catches_everything() -> None:
                 assert not {"anything", "Exception", "BaseException"} & set(caught), f"{module}:{node.lineno}"
 
 
+def imported(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python, then ends with the slow libraries that it has imported as an error."""
+    program = f"import sys\ntry:\n    {program}\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+    program += f"sys.exit(', '.join(set({SLOW}) & set(sys.modules)) or 0)"
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+
+
+def quick(name: str, *words: str) -> str:
+    """What a program prints that ends well, and needs no slow library for it."""
+    result = imported(f"from {DOORS[name]} import verb; assert verb() == 0", *words)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.parametrize("verb", ["convert", "verify", "merge", "index"])
 def test_shards_are_made_without_torch(verb: str) -> None:
     """A conversion runs on data machines: importing torch would cost seconds per worker, and may not be installed."""
-    if not source(f"data_tools.{verb}").exists():
-        pytest.skip(f"data_tools.{verb} does not exist")
-    program = f"import sys, data_tools.__main__, data_tools.{verb}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT).returncode == 0
-
-
-@pytest.mark.parametrize("verb", ["pretrain", "finetune", "estimate", "report"])
-def test_help_needs_no_torch(verb: str) -> None:
-    """Whoever asks for help, or for a report, does not wait for libraries that train."""
-    program = f"import sys; sys.argv[1:] = ['{verb}', '--help']; from ccd_train.__main__ import verb\n"
-    program += "try: verb()\nexcept SystemExit: pass\n"
-    program += "sys.exit(', '.join({'torch', 'deepspeed'} & set(sys.modules)) or 0)"
-    result = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
+    result = imported(f"import data_tools.{verb}")
     assert result.returncode == 0, result.stderr
+
+
+def test_settings_are_read_without_torch() -> None:
+    config = [module for module in modules() if module.startswith("ccd_train.config")]
+    assert not [module for module in config if {name.split(".")[0] for name in imports(module)} & set(SLOW)]
+    result = imported(f"import {', '.join(config)}")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("name", "verb"), HELPS)
+def test_help_needs_no_torch(name: str, verb: str) -> None:
+    """Whoever asks for help does not wait for libraries that train."""
+    assert f"{name} {verb}" in quick(name, *([verb] if verb else []), "--help")
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_program_says_its_version_and_what_a_misspelt_verb_may_mean(name: str) -> None:
+    assert quick(name, "--version") == f"{name} {__version__}\n"
+    verb = next(verb for program, verb in HELPS if program == name and verb)
+    result = imported(f"from {DOORS[name]} import main; main()", verb[:-1])
+    assert f"error: {name} {verb[:-1]}: no such verb; did you mean {verb}?\n" in result.stderr
+
+
+def test_an_estimate_needs_no_torch() -> None:
+    assert "GFLOP" in quick("ccd-train", "estimate", "--config", "vit_small")
+
+
+def test_how_a_run_stands_and_its_report_need_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(describe(read_recipe("vit_nano", Config)))
+    rows = [
+        {"step": step, "samples": 64 * step, "samples_per_second": 9.0, "epoch": 0.1, "data_wait": 0.1, "loss": 1.0}
+        for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "identity.json").write_text('{"train.global_batch_size": 64}')
+    (tmp_path / "environment.txt").write_text("started 2026-01-01 00:00:00 +0000\nhosts one × 1\n")
+    assert "step          2" in quick("ccd-submit", "status", str(tmp_path))
+    quick("ccd-train", "report", str(tmp_path))
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_dry_run_needs_no_torch(tiny: Tiny, tmp_path: Path) -> None:
+    run = ["--run_dir", str(tmp_path / "run"), "--gpus-per-node", "1", "--dry-run", "--"]
+    pretrain = ["--config", "vit_nano", "--data.shards", str(tiny.shards), "--checkpoint.keep", "1"]
+    words = ["--data.train", str(tiny.lmdb), "--data.valid", str(tiny.shards), "--train.global_batch_size", "None"]
+    finetune = ["--config", "recognizer_nano", "--init", "scratch", *words]
+    for verb, settings in (("pretrain", pretrain), ("finetune", finetune)):
+        assert f"verb={verb}" in quick("ccd-submit", verb, *run, *settings)
+    shard = ["shard", "--src", str(tiny.lmdb), "--out", str(tmp_path / "out"), "--name", "x", "--dry-run"]
+    assert "#SBATCH" in quick("ccd-submit", *shard)

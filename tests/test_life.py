@@ -16,8 +16,9 @@ from test_engine import small
 
 from ccd_train.config.options import to_dict
 from ccd_train.config.run import identity
+from ccd_train.config.stored import claim
 from ccd_train.errors import OccupiedError, UserError
-from ccd_train.training.life import Stop, claim, environment
+from ccd_train.training.life import Stop, environment
 from ccd_train.training.train import conclude
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -62,7 +63,9 @@ def test_another_corpus_or_batch_is_refused_with_the_difference(tiny: Tiny, tmp_
     assert claim(tmp_path, config, {"corpus": "one"}, 8) == 8  # a folder that nobody has
     known = identity(to_dict(config)) | {"corpus": "one", "train.global_batch_size": 8}
     (tmp_path / "identity.json").write_text(json.dumps(known))
-    assert claim(tmp_path, config, {"corpus": "one"}, None) == 8
+    assert claim(tmp_path, config, {"corpus": "one"}, None) == claim(tmp_path, config, None, None) == 8
+    with pytest.raises(UserError, match="seed: 0 → 5"):
+        claim(tmp_path, replace(config, seed=5), None, None)
     for facts, batch, difference in (("other", 8, r"corpus: one → other"), ("one", 16, "global_batch_size: 8 → 16")):
         with pytest.raises(UserError, match=difference):
             claim(tmp_path, config, {"corpus": facts}, batch)

@@ -106,17 +106,28 @@ def test_the_script_asks_for_what_the_run_needs(tiny: Tiny, tmp_path: Path, caps
         ("run", ["--optimizer.lr", "-1"], "optimizer.lr"),
         ("run", ["--deepspeed", "zero9"], "--deepspeed zero9: No such file"),
         ("run", ["--init", "/nowhere"], "^/nowhere: no such file or folder"),
-        ("run", ["--init", "/dev"], "no weights here"),
+        ("run", ["--checkpoint.keep", "1000000000"], "checkpoints take"),
         ("run", ["--probe.every-steps", "5", "--probe.data", "/nowhere"], "/nowhere: no such folder"),
         ("run", ["--resume.mode", "must"], "--resume.mode must: no complete checkpoint"),
     ],
 )
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["submission", "dry run"])
 def test_what_would_fail_in_the_queue_is_refused(
-    tiny: Tiny, tmp_path: Path, name: str, rest: list[str], message: str
+    tiny: Tiny, tmp_path: Path, name: str, rest: list[str], message: str, dry: list[str]
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=message):
-        submit(*pretrain_words(tmp_path / name), "--", *run_on(tiny), *rest)
+        submit(*pretrain_words(tmp_path / name, *dry), "--", *run_on(tiny), *rest)
+
+
+def test_a_dry_run_says_that_it_does_not_read_weights(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--", *run_on(tiny), "--init", "/dev"]
+    assert submit(*pretrain_words(tmp_path / "run", "--dry-run"), *rest) == 0
+    assert "data and --init are read when the job is submitted" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no weights here"):
+        submit(*pretrain_words(tmp_path / "run"), *rest)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +175,12 @@ def test_a_fine_tuning_is_checked_and_written_likewise(
             submit(*finetune_words(tmp_path / "run", tiny, *more))
 
 
-def test_a_run_folder_of_another_run_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["submission", "dry run"])
+def test_a_run_folder_of_another_run_is_refused(tiny: Tiny, tmp_path: Path, dry: list[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/identity.json").write_text(json.dumps({"seed": 5, "train.global_batch_size": 64}))
     with pytest.raises(UserError, match="belongs to another run"):
-        submit(*pretrain_words(tmp_path / "run"), "--", *run_on(tiny))
+        submit(*pretrain_words(tmp_path / "run", *dry), "--", *run_on(tiny))
 
 
 def test_an_existing_run_keeps_its_global_batch(tiny: Tiny, tmp_path: Path) -> None:

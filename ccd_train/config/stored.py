@@ -7,6 +7,7 @@ not know is left out and named, for the reader to say so.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -56,6 +57,33 @@ def differences(known: dict[str, Any], mine: dict[str, Any], kind: type[RunConfi
     names = [name for name in sorted(filled | mine) if filled.get(name) != mine.get(name)]
     strange = "unknown to this version"
     return [f"{name}: {filled.get(name)} → {mine.get(name, strange)}" for name in names]
+
+
+def claim(run_dir: Path, config: RunConfig, facts: dict[str, str] | None, global_batch: int | None) -> int | None:
+    """Makes sure that this configuration and these facts, such as the hash of its corpus, are those of the run folder;
+    returns the run's global batch.
+
+    `facts` None: they are not known yet, and not compared. `global_batch` None takes what the first life fixed, and is
+    None where there was none. UserError with the differences where it is another run, unless --resume.allow_change.
+    """
+    mine = identity(to_dict(config)) | {"train.global_batch_size": global_batch}
+    try:
+        known = json.loads((run_dir / "identity.json").read_text(encoding="utf8"))
+    except FileNotFoundError:
+        return global_batch
+    if global_batch is None:
+        mine["train.global_batch_size"] = global_batch = known["train.global_batch_size"]
+    if facts is None:
+        known = {name: known[name] for name in known if name in mine}
+    if found := differences(known, mine | (facts or {}), type(config)):
+        said = ", ".join(found)
+        if not config.resume.allow_change:
+            raise UserError(
+                f"{run_dir} belongs to another run ({said}); take another --run_dir, "
+                "the run's own settings, or --resume.allow_change"
+            )
+        log.info("going on with changes, as --resume.allow_change says: %s", said)  # of all ranks the first one says so
+    return global_batch
 
 
 def _known(kind: type, values: dict[Any, Any], unknown: list[str], prefix: str) -> dict[Any, Any]:

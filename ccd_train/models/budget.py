@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ccd_train.config.pretraining import Model
+from ccd_train.config.recognition import ReadingHead
 
 TOKENS = 256  # 8 × 32 patches
 PATCH = 4 * 4 * 3
@@ -58,14 +59,26 @@ def parameters(model: Model) -> dict[str, int]:
     """Of the student's parts; the teacher has all but the segmentation head."""
     d, c, h, b = model.width, model.segmentation_width, model.head_hidden, model.head_bottleneck
     half = c // 2
-    block = 12 * d * d + 13 * d
     branch = 9 * d * c + 2 * c + c * half + 2 * half
     upsampling = 16 * 3 * half * c + 3 * c + 16 * c * c + 3 * c
     return {
-        "vit": PATCH * d + d + TOKENS * d + model.depth * block + 2 * d + 3 * 2 * d,
+        "vit": _backbone(model) + 3 * 2 * d,
         "segmentation": 3 * branch + upsampling + 9 * c * 2 + 2,
         "projection": d * h + h + h * h + h + h * b + b + model.prototypes * (b + 1),
     }
+
+
+def recognizer_parameters(model: Model, sizes: ReadingHead, classes: int) -> int:
+    """Of a recogniser for a charset of so many classes."""
+    d, e = model.width, sizes.width
+    layer = 3 * 2 * e + 8 * e * e + 2 * e * sizes.hidden + sizes.hidden + e
+    encoder = d * sizes.encoder_hidden + sizes.encoder_hidden + sizes.encoder_hidden * e + e
+    return _backbone(model) + encoder + (classes + 1) * e + sizes.layers * layer + 2 * e + (e + 1) * classes
+
+
+def _backbone(model: Model) -> int:
+    d = model.width
+    return PATCH * d + d + TOKENS * d + model.depth * (12 * d * d + 13 * d) + 2 * d
 
 
 def vit_flops(model: Model) -> int:

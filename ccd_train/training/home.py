@@ -12,10 +12,11 @@ import torch
 from ccd_train import distributed
 from ccd_train.config.options import to_dict
 from ccd_train.config.run import RunConfig
+from ccd_train.config.stored import claim
 from ccd_train.data.loader import Share
 from ccd_train.errors import UserError
 from ccd_train.training import checkpoint
-from ccd_train.training.life import Stop, claim, describe_run, lock, open_run_dir
+from ccd_train.training.life import Stop, describe_run, lock, open_run_dir
 from ccd_train.training.presence import introduce
 
 

@@ -8,7 +8,6 @@ RUN/outcome.json       how the last life ended: finished, refused, failed, or un
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -27,7 +26,6 @@ import torch
 from ccd_train import distributed
 from ccd_train.config.options import describe, to_dict
 from ccd_train.config.run import RunConfig, identity
-from ccd_train.config.stored import differences
 from ccd_train.errors import FAILED, FINISHED, REFUSED, UNFINISHED, OccupiedError, UserError
 from ccd_train.files import replace_file, write_json
 
@@ -104,32 +102,6 @@ def lock(run_dir: Path, patience: float = LOCK_SECONDS) -> IO[str] | None:
         except OSError:
             log.warning("%s: its file system has no locks; see to it that no two runs write there", run_dir)
             return file
-
-
-def claim(run_dir: Path, config: RunConfig, facts: dict[str, str], global_batch: int | None) -> int | None:
-    """Makes sure that this configuration and these facts, such as the hash of its corpus, are those of the run folder;
-    returns the run's global batch.
-
-    `global_batch` None takes what the first life fixed, and is None where there was none. UserError with the
-    differences where it is another run, unless --resume.allow_change.
-    """
-    mine = identity(to_dict(config)) | facts | {"train.global_batch_size": global_batch}
-    try:
-        known = json.loads((run_dir / "identity.json").read_text(encoding="utf8"))
-    except FileNotFoundError:
-        known = None
-    if known is not None and global_batch is None:
-        mine["train.global_batch_size"] = global_batch = known["train.global_batch_size"]
-    if known is not None and (found := differences(known, mine, type(config))):
-        said = ", ".join(found)
-        if not config.resume.allow_change:
-            raise UserError(
-                f"{run_dir} belongs to another run ({said}); take another --run_dir, "
-                "the run's own settings, or --resume.allow_change"
-            )
-        if distributed.rank() == 0:
-            log.warning("going on with changes, as --resume.allow_change says: %s", said)
-    return global_batch
 
 
 def describe_run(run_dir: Path, config: RunConfig, facts: dict[str, str], global_batch: int) -> None:
