@@ -21,7 +21,7 @@ from ccd_train.models.regions import label_regions
 from ccd_train.models.vit import VisionTransformer
 from ccd_train.tasks.pretrain import probe
 from ccd_train.tasks.pretrain.weights import open_weights
-from ccd_train.weights.backbone import load
+from ccd_train.weights.tensors import load
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_layout.pth"
 COLORS = 8

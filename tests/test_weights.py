@@ -344,7 +344,7 @@ def test_a_backbone_is_taken_from_whatever_holds_one(tmp_path: Path) -> None:
     teacher = both["teacher"]
     vit = {name: value for name, value in teacher.items() if ".backbone." in name}
     weights.write_export(tmp_path / "export", found, {})
-    weights.write_backbone(tmp_path / "vit.safetensors", found.teacher, found.model)
+    weights.write_backbone(tmp_path / "vit.safetensors", found.backbone)
     compiled = {name.replace("module.", "_orig_mod.module."): value for name, value in teacher.items()}
     files = [
         (tmp_path / "both.pth", "official"), (saved(tmp_path / "teacher.pth", {"teacher": teacher}), "official"),

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     from ccd_train.models.ccd import Student, Teacher
     from ccd_train.tasks.pretrain.probe import NEIGHBOURS, probe, read_words
     from ccd_train.tasks.pretrain.weights import open_weights
-    from ccd_train.weights.backbone import load
+    from ccd_train.weights.tensors import load
 
     assert options.weights is not None
     cv2.setNumThreads(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ccd_train.config.verbs import Export
 from ccd_train.errors import UserError
-from ccd_train.tasks.pretrain.weights import open_weights
+from ccd_train.tasks.pretrain.weights import open_backbone, open_weights
 from ccd_train.tasks.recognize.reading import open_recognizer
 from ccd_train.training import checkpoint
 from ccd_train.weights import backbone, portable, recognizer
@@ -47,11 +47,11 @@ def _pretraining(options: Export, chosen: Path) -> str:
     assert options.weights is not None
     if options.format in ("onnx", "torchscript"):
         raise UserError(f"{options.weights}: no recogniser, which --format {options.format} is for; fine-tune it first")
-    found = open_weights(chosen, options.heads)
     out = options.out or options.weights / "export"
     if options.format == "backbone":
-        backbone.write_backbone(out, found.teacher, found.model)
-        return f"{out}: the teacher's ViT"
+        backbone.write_backbone(out, open_backbone(chosen, options.heads))
+        return f"{out}: the ViT of {chosen}"
+    found = open_weights(chosen, options.heads)
     if out.suffix in (".pth", ".pt"):
         residual = backbone.write_official(out, found, options.lossy)
         return f"{out}: official layout; its position embedding is off by {residual:.2g} of its length"
@@ -69,7 +69,7 @@ def _recognizer(options: Export) -> str:
     if options.format == "onnx":
         refuse_unwritable(out)  # not only after minutes of work
     if options.format == "backbone":
-        backbone.write_backbone(out, trained.state, trained.model)
+        backbone.write_backbone(out, backbone.backbone_of(trained.state, trained.model.heads, trained.origin))
         what = f"the ViT of the recogniser of {trained.origin}"
     elif options.format == "onnx":
         checked = portable.write_onnx(out, trained)

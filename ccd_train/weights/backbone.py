@@ -78,8 +78,7 @@ class Weights:
     @property
     def backbone(self) -> Backbone:
         """The teacher's ViT."""
-        state = {name.removeprefix("vit."): value for name, value in self.teacher.items() if name.startswith("vit.")}
-        return backbone_of(state, self.model.heads, self.origin)
+        return backbone_of(self.teacher, self.model.heads, self.origin)
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,15 @@ def read_backbone(path: str | Path, heads: int | None = None) -> Backbone:
         names = {name: BACKBONE_PREFIX.sub("", official_name(f"vit.{name}")) for name in vit.state_dict()}
         wanted = {names[name]: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
         refuse_misfits(wanted, tensors, str(path))
-        return backbone_of({name: tensors[names[name]] for name in names}, int(metadata["heads"]), str(path))
+        ours = {f"vit.{name}": tensors[names[name]] for name in names}
+        return backbone_of(ours, int(metadata["heads"]), str(path))
     return _of_tensors(tensors, heads, path)
 
 
-def backbone_of(state: State, heads: int, origin: str) -> Backbone:
-    """A ViT from its tensors by our names. UserError if they are not those of one."""
-    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith("tap_norms.")}
+def backbone_of(network: State, heads: int, origin: str) -> Backbone:
+    """The ViT in a network's tensors by our names, `vit.…`. UserError if they are not those of one."""
+    whole = {name.removeprefix("vit."): tensor.float() for name, tensor in network.items() if name.startswith("vit.")}
+    state = {name: tensor for name, tensor in whole.items() if not name.startswith("tap_norms.")}
     embedding = state.get("position_embedding")
     if embedding is None or embedding.dim() != 3:
         raise UserError(
@@ -221,11 +222,10 @@ def write_official(path: Path, weights: Weights, lossy: bool = False) -> float:
     return residual
 
 
-def write_backbone(path: Path, state: State, model: Model) -> None:
-    """Writes the ViT of a state alone, one file under timm's names. UserError where it cannot be written."""
-    names = {name: BACKBONE_PREFIX.sub("", official_name(name)) for name in state if name.startswith("vit.")}
-    tensors = {official: state[name] for name, official in names.items() if "norm_seg" not in official}
-    sizes = {name: str(getattr(model, name)) for name in BACKBONE_SIZES}
+def write_backbone(path: Path, found: Backbone) -> None:
+    """Writes a ViT alone, one file under timm's names. UserError if it cannot be written."""
+    tensors = {BACKBONE_PREFIX.sub("", official_name(f"vit.{name}")): value for name, value in found.state.items()}
+    sizes = {name: str(getattr(found, name)) for name in BACKBONE_SIZES}
     write_whole(path, serialize(tensors, {"format": "pt", **sizes}))
 
 
@@ -263,13 +263,12 @@ def _of_tensors(checkpoint: dict[Any, Any], heads: int | None, path: Path) -> Ba
             OFFICIAL_UNUSED,
             str(path),
         )
-        return backbone_of({name.removeprefix("vit."): value for name, value in state.items()}, number, str(path))
+        return backbone_of(state, number, str(path))
     flat = unwrapped({name: value for name, value in checkpoint.items() if is_named(name, value)}, str(path))
-    ours = {name.removeprefix("vit."): value for name, value in flat.items() if name.startswith("vit.")}
-    if EMBEDDING.removeprefix("vit.") not in ours:
+    if EMBEDDING not in flat:
         held = some(list(map(str, checkpoint))) or "nothing"
         raise UserError(f"{path}: no teacher, no student, and no ViT of ours in it (it holds {held})")
-    return backbone_of(ours, heads_of(ours["position_embedding"].shape[-1], heads, str(path)), str(path))
+    return backbone_of(flat, heads_of(flat[EMBEDDING].shape[-1], heads, str(path)), str(path))
 
 
 def _vit(width: int, depth: int, heads: int) -> VisionTransformer:
