@@ -33,7 +33,8 @@ def run_jobs(
 ) -> Generator[Result, None, None]:
     """Yields the results of `function` over the jobs, in the order in which they finish. Close it to give up.
 
-    With one worker everything runs here. The first UserError of a job ends all; if the parent dies, its workers do.
+    With one worker everything runs here. The first UserError or OSError of a job ends all and is raised here; if the
+    parent dies, its workers do.
     """
     if workers <= 1:
         yield from (function(job, progress.update) for job in jobs)
@@ -69,7 +70,7 @@ def run_jobs(
 
 
 def _receive(connection: Connection, process: multiprocessing.process.BaseProcess) -> tuple[str, Any]:
-    """What a worker says: ("done", count) or ("result", …). Raises the UserError of a job or of a worker's death."""
+    """What a worker says: ("done", count) or ("result", …). Raises the error of a job or of a worker's death."""
     try:
         kind, content = connection.recv()
     except (EOFError, ConnectionResetError):
@@ -81,7 +82,7 @@ def _receive(connection: Connection, process: multiprocessing.process.BaseProces
             "start the same command again, it goes on where it stopped"
         ) from None
     if kind == "error":
-        assert isinstance(content, UserError)
+        assert isinstance(content, UserError | OSError)
         raise content
     return kind, content
 
@@ -97,7 +98,9 @@ def _serve(connection: Connection, function: Callable[[Job, Report], Result]) ->
             job = connection.recv()
             try:
                 result = function(job, lambda more: connection.send(("done", more)))
-            except UserError as error:
+            except (ConnectionResetError, BrokenPipeError):  # nobody listens
+                return
+            except (UserError, OSError) as error:
                 connection.send(("error", error))
             else:
                 connection.send(("result", result))

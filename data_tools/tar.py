@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,14 +184,16 @@ class TarSample:
     place: int
     """Where the first of them begins."""
     members: dict[str, Member]
-    """By part ("image", "label", "mask"); members that are none of these are left out."""
+    """By part ("image", "label", "mask")."""
+    left_out: list[str]
+    """What its other members are, as `kind` says it."""
     repeated: bool
     """Whether a part is there more than once."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar."""
+    """A regular file in a tar, or a link, which has no content."""
 
     name: str
     header: int
@@ -198,10 +201,20 @@ class Member:
     place: int
     """Where its content begins."""
     size: int
+    link: bool
+
+    @property
+    def kind(self) -> str:
+        """What to count it as: `.json`, `.jpg (a link)`."""
+        extension = split_name(self.name)[1].lower()
+        return (f".{extension}" if extension else "without a key") + (" (a link)" if self.link else "")
 
 
 def read_members(tar: BinaryIO) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order, without reading their contents. Raises BadTar."""
+    """The files and links of an uncompressed tar, in order, without reading their contents. Raises BadTar.
+
+    What follows an end mark is read too: tars may have been joined (`cat a.tar b.tar`).
+    """
     end = os.fstat(tar.fileno()).st_size
     position, first = 0, -1
     extensions: dict[str, str] = {}
@@ -210,9 +223,14 @@ def read_members(tar: BinaryIO) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise BadTar(position, "the tar is cut short (no end mark)")
         if header == _ZEROS:
-            return
+            position = _after_zeros(tar.fileno(), position)
+            if position >= end:
+                return
+            continue
         kind, size = header[156:157], _checked_size(header, position)
-        regular = kind in (b"0", b"\0", b"7")
+        regular, link = kind in (b"0", b"\0", b"7"), kind in (b"1", b"2")
+        if link:  # whatever size it gives is that of what it points to
+            size = 0
         if regular and "size" in extensions:
             size = _number(extensions["size"].encode(), 10, position)
         content = position + BLOCK
@@ -225,25 +243,36 @@ def read_members(tar: BinaryIO) -> Iterator[Member]:
         if kind in (b"x", b"L", b"K"):
             extensions |= _extension(kind, os.pread(tar.fileno(), min(size, _CHUNK), content), position)
         else:
-            if regular:
-                yield Member(extensions.get("path", _name(header)), first, content, size)
+            if regular or link:
+                yield Member(extensions.get("path", _name(header)), first, content, size, link)
             extensions, first = {}, -1
         position = following
 
 
-def read_samples(tar: BinaryIO) -> Iterator[TarSample]:
-    """The samples of a tar, divided as webdataset does. Raises BadTar."""
-    named = ((member, *split_name(member.name)) for member in read_members(tar))
-    for key, group in itertools.groupby((entry for entry in named if entry[2]), key=lambda entry: entry[1]):
+def read_samples(tar: BinaryIO, keyless: Counter[str] | None = None) -> Iterator[TarSample]:
+    """The samples of a tar, divided as webdataset does; members without a key are counted. Raises BadTar."""
+    for key, group in itertools.groupby(read_members(tar), key=_key):
+        if key is None:
+            if keyless is not None:
+                keyless.update(member.kind for member in group)
+            continue
         members: dict[str, Member] = {}
+        left_out: list[str] = []
         repeated, place = False, -1
-        for member, _, extension in group:
+        for member in group:
             place = member.header if place < 0 else place
-            part = part_of(extension.lower())
-            if part is not None:
+            part = part_of(split_name(member.name)[1].lower())
+            if part is None or member.link:
+                left_out.append(member.kind)
+            else:
                 repeated |= part in members
                 members.setdefault(part, member)
-        yield TarSample(key, place, members, repeated)
+        yield TarSample(key, place, members, left_out, repeated)
+
+
+def _key(member: Member) -> str | None:
+    key, extension = split_name(member.name)
+    return key if extension else None
 
 
 def make_row(image: Member, parts: dict[str, tuple[int, bytes]]) -> bytes:
@@ -258,6 +287,16 @@ def part_of(extension: str) -> str | None:
     if extension in IMAGE_EXTENSIONS:
         return "image"
     return {LABEL_EXTENSION: "label", MASK_EXTENSION: "mask"}.get(extension)
+
+
+def _after_zeros(file: int, position: int) -> int:
+    """The first block from `position` on that holds more than zeros; the end of the file if none does."""
+    while chunk := os.pread(file, _CHUNK, position):
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            return position + zeros // BLOCK * BLOCK
+        position += len(chunk)
+    return position
 
 
 def _name(header: bytes) -> str:

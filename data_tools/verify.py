@@ -32,7 +32,7 @@ from ccd_train.data.shards import (
     read_manifest,
     read_offsets,
 )
-from ccd_train.errors import FINISHED
+from ccd_train.errors import FINISHED, UserError
 from data_tools.images import Refusal, check_decodes, check_mask
 from data_tools.index import INDEXED
 from data_tools.merge import contents
@@ -43,6 +43,7 @@ from data_tools.tar import BadTar, TarSample, read_samples
 DAMAGED = 1  # exit code
 _LINES = 20  # findings printed for one shard
 _READ = 1 << 20
+KEY = np.dtype([("hash", "<u8"), ("place", "<i8")])  # of the key; and where its sample begins
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is wrong with a shard, and a 64-bit hash of each key in it, as bytes."""
+    """What is wrong with a shard, and which keys it has."""
 
     file: str
     problems: list[str]
-    keys: bytes
+    keys: np.ndarray
+    """A row (dtype KEY) for each sample that has one in the offsets."""
 
 
 def check_shard(job: Job, done: Report) -> Findings:
     """Compares a shard with the manifest, with its offsets and with itself."""
     problems: list[str] = []
-    keys = bytearray()
+    keys: list[tuple[int, int]] = []
     tar_path = job.folder / job.shard.file
     try:
         rows = _check_offsets(job, problems)
@@ -84,7 +86,7 @@ def check_shard(job: Job, done: Report) -> Findings:
     except OSError as error:
         problems.append(f"cannot be read: {error}")
     done(job.shard.samples)
-    return Findings(job.shard.file, problems, bytes(keys))
+    return Findings(job.shard.file, problems, np.array(keys, KEY))
 
 
 def _check_offsets(job: Job, problems: list[str]) -> np.ndarray:
@@ -107,23 +109,27 @@ def _hash(file: BinaryIO) -> str:
     return sha256.hexdigest()
 
 
-def _walk(job: Job, tar: BinaryIO, rows: np.ndarray, intact: bool, keys: bytearray) -> Iterator[str]:
+def _walk(job: Job, tar: BinaryIO, rows: np.ndarray, intact: bool, keys: list[tuple[int, int]]) -> Iterator[str]:
     """Goes through the tar and the rows side by side; yields what does not fit, and collects the keys."""
-    row = 0
+    row = number = 0
     try:
         for sample in read_samples(tar):
-            keys += hashlib.blake2b(os.fsencode(sample.key), digest_size=8).digest()
+            number += 1
             image = sample.members.get("image")
             while row < len(rows) and rows[row]["header"] < sample.place:
                 yield f"row {row} of the offsets names byte {rows[row]['header']}, where no sample begins"
                 row += 1
             if image is not None and row < len(rows) and rows[row]["header"] == image.header:
                 yield from _check_sample(job, tar, sample, rows[row], intact)
+                keys.append((_key_hash(sample.key), sample.place))
                 row += 1
             elif not job.foreign:
                 yield f"{sample.key} at byte {sample.place} is in no row of the offsets"
     except BadTar as error:
         yield str(error)
+    else:
+        if job.foreign and intact and number != job.shard.last:
+            yield f"{number} samples in the tar, of which {job.shard.last} were looked at; index it again"
     if row < len(rows):
         yield f"the last {len(rows) - row} rows of the offsets name no sample of the tar"
 
@@ -149,7 +155,7 @@ def check_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
     kinds: Counter[str] = Counter()
     refused: dict[str, set[int]] = defaultdict(set)
     try:
-        for line in (folder / REFUSED).read_text().splitlines():
+        for line in (folder / REFUSED).read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             kinds[entry["kind"]] += 1
             refused[entry["source"]].add(entry["record"])
@@ -171,24 +177,26 @@ def check_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
         if kept + len(refused[source.name]) != source.records:
             gap = source.records - kept - len(refused[source.name])
             yield f"{source.name}: {gap} of {source.records} records are neither in a shard nor refused"
-    known = {shard.file for shard in manifest.shards}
+    known = {shard.file for shard in manifest.shards} | {source.name for source in manifest.sources}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in known:
             yield f"{path.name}: not in the manifest"
 
 
+def _key_hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "little")
+
+
 def find_duplicates(folder: Path, findings: list[Findings]) -> Iterator[str]:
     """Names keys that are there more than once."""
-    hashes = np.concatenate([np.frombuffer(entry.keys, np.uint64) for entry in findings])
+    hashes = np.concatenate([entry.keys["hash"] for entry in findings])
     values, counts = np.unique(hashes, return_counts=True)
     for value in values[counts > 1][:_LINES]:
-        places = []
-        for entry in findings:
-            for row in np.flatnonzero(np.frombuffer(entry.keys, np.uint64) == value):
-                with open(folder / entry.file, "rb") as tar:
-                    sample = next(sample for i, sample in enumerate(read_samples(tar)) if i == row)
-                places.append(f"{entry.file} at byte {sample.place}")
-        yield f"key {sample.key} is there {len(places)} times: {', '.join(places[:3])}"
+        found = [(entry.file, int(at)) for entry in findings for at in entry.keys["place"][entry.keys["hash"] == value]]
+        with open(folder / found[0][0], "rb") as tar:
+            key = next(sample.key for sample in read_samples(tar) if sample.place == found[0][1])
+        places = ", ".join(f"{file} at byte {place}" for file, place in found[:3])
+        yield f"key {key} is there {len(found)} times: {places}"
 
 
 def verify(folder: Path, deep: bool, workers: int) -> bool:
@@ -198,6 +206,8 @@ def verify(folder: Path, deep: bool, workers: int) -> bool:
     except DamagedManifestError as error:
         print(error)
         return False
+    if not manifest.shards:
+        raise UserError(f"{folder}: no samples here, so nothing to verify; give shards with samples")
     foreign, max_pixels = bool(manifest.settings.get(INDEXED)), int(manifest.settings.get("max_pixels", 1 << 24))
     jobs = [Job(folder, shard, foreign, deep, max_pixels) for shard in manifest.shards]
     problems = list(check_manifest(folder, manifest))
@@ -210,9 +220,15 @@ def verify(folder: Path, deep: bool, workers: int) -> bool:
         problems += [f"{entry.file}: {problem}" for problem in entry.problems[:_LINES]]
         if len(entry.problems) > _LINES:
             problems.append(f"{entry.file}: and {len(entry.problems) - _LINES} more")
-    problems += find_duplicates(folder, findings)
+    if foreign:  # as webdataset has it, a key belongs to its tar
+        problems += (line for entry in findings for line in find_duplicates(folder, [entry]))
+    else:
+        problems += find_duplicates(folder, findings)
     for problem in problems:
         print(f"{folder}: {problem}")
+    if foreign and not problems:
+        for line in find_duplicates(folder, findings):
+            print(f"{folder}: note: {line}")
     if not problems:
         checked = "hashes, offsets, counts, keys" + (" and images" if deep else "")
         print(f"{folder}: {contents(manifest)}, all intact ({checked})")

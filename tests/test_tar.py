@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,11 @@ def test_members_are_where_tarfile_says(tmp_path: Path, format: int, mtime: floa
     path = tmp_path / "a.tar"
     write(path, format, mtime)
     with tarfile.open(path) as tar:
-        expected = [(m.name, m.offset, m.offset_data, m.size) for m in tar if m.isfile()]
+        expected = [(m.name, m.offset, m.offset_data, m.size) for m in tar if not m.isdir()]
     with open(path, "rb") as file:
-        assert [(m.name, m.header, m.place, m.size) for m in read_members(file)] == expected
-    assert len(expected) == len(NAMES) + 1
+        members = list(read_members(file))
+    assert [(m.name, m.header, m.place, m.size) for m in members] == expected
+    assert [m.name for m in members if m.link] == ["link" * 50] and len(expected) == len(NAMES) + 2
 
 
 def test_cut_and_damaged_tars_are_refused_with_the_place(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_cut_and_damaged_tars_are_refused_with_the_place(tmp_path: Path) -> None
         path.write_bytes(changed)
         with open(path, "rb") as file:
             try:
-                assert len(list(read_members(file))) <= len(NAMES) + 1
+                assert len(list(read_members(file))) <= len(NAMES) + 2
             except BadTar as error:
                 assert error.place <= place
 
@@ -84,7 +86,9 @@ def test_samples_are_neighbours_of_one_key(tmp_path: Path) -> None:
         for name in names:
             tar.addfile(tarfile.TarInfo(name))
     with open(path, "rb") as file:
-        samples = [(s.key, sorted(s.members), s.repeated) for s in read_samples(file)]
+        keyless: Counter[str] = Counter()
+        samples = [(s.key, sorted(s.members), s.repeated) for s in read_samples(file, keyless)]
+    assert keyless == {"without a key": 2}
     assert samples == [
         ("1", ["image", "label"], False),
         ("2", ["image"], False),

@@ -207,7 +207,7 @@ def write_exclusions(file: str | Path, exclusions: Iterable[Exclusion]) -> None:
 def read_exclusions(file: str | Path) -> list[Exclusion]:
     """Reads a list of samples to leave out. UserError if it is none."""
     try:
-        return [Exclusion(**json.loads(line)) for line in Path(file).read_text().splitlines()]
+        return [Exclusion(**json.loads(line)) for line in Path(file).read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give a list of `ccd-data overlap`") from None
     except (ValueError, TypeError) as error:
