@@ -1,6 +1,6 @@
 """Which training crops are in an evaluation set, or nearly are?
 
-    ccd-data overlap DIR … --against LMDB_OR_DIR …
+    ccd-data overlap DIR … --against DIR …
 
     overlap.jsonl   one line for each such crop: its shard, row and key, what it equals, and how nearly
     exclude.jsonl   the same crops, as `--data.exclude` of the training reads them
@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,15 +26,15 @@ import cv2
 import numpy as np
 
 from ccd_train.data.masks import decode_rgb, resize_image
-from ccd_train.data.records import LmdbReader, find_lmdbs
+from ccd_train.data.records import LmdbReader
 from ccd_train.data.shards import (
-    MANIFEST,
     Corpus,
     DamagedSampleError,
     Exclusion,
     read_manifest,
     write_exclusions,
 )
+from ccd_train.data.trees import count_kinds, holds_image, look_into
 from ccd_train.errors import FINISHED, UserError
 from data_tools.likeness import BITS, Index, digest, perceptual_hash
 from data_tools.pool import Report, available_cores, run_jobs
@@ -42,7 +43,6 @@ from data_tools.progress import Progress
 DISTANCE = 12  # bits: see docs/data.md
 CHUNK = 256  # crops compared at once
 SHOWN, COLUMNS = 60, 4  # pairs on the picture
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     out: Path = options.out or options.folders[0]
     corpus = Corpus.open(options.folders)
     with tempfile.TemporaryDirectory() as scratch:
-        index, names, counts = index_sets(options.against)
+        index, names, compared = index_sets(options.against)
         index.save(Path(scratch) / "index.npz")
         jobs = [
             Job(tuple(options.folders), shard, Path(scratch) / "index.npz", options.distance)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         write_picture(out / "overlap.png", corpus, matches, options.against)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
-    print_findings(corpus, matches, counts)
+    print_findings(corpus, matches, compared)
     if unreadable:
         print(f"{unreadable:,} crops could not be read; ccd-data verify tells more")
     if matches:
@@ -98,7 +98,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="ccd-data overlap", description=__doc__, formatter_class=form)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders of shards to train on")
-    against = "an evaluation set: an LMDB or a tree of them, shards, or a folder of image files; may be repeated"
+    against = "an evaluation set: a folder with LMDBs, shards and image files in and below it; may be repeated"
     parser.add_argument("--against", type=Path, nargs="+", action="extend", required=True, metavar="SET", help=against)
     parser.add_argument("--out", type=Path, help="where to write (default: the first DIR)")
     parser.add_argument("--distance", type=int, default=DISTANCE, help=f"bits of {BITS} (default {DISTANCE})")
@@ -109,41 +109,66 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def evaluation_images(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of every image of an evaluation set, in a fixed order. UserError if there is none."""
-    if not path.is_dir():
-        raise UserError(f"--against {path}: no such folder")
-    if (path / MANIFEST).is_file():
-        corpus = Corpus.open(path)
+@dataclass
+class Compared:
+    """What an evaluation set turned out to hold."""
+
+    path: Path
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Number of images in LMDBs, in shards, and in files of their own."""
+    bytes_only: int = 0
+    """Images without a hash: they cannot be decoded, or are flat."""
+    left_out: list[Path] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        return self.kinds.total()
+
+
+def evaluation_images(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(kind, name, bytes) of every image of an evaluation set, in a fixed order: of its LMDBs, shards and files."""
+    tree = look_into(path)
+    for folder in tree.lmdbs:
+        with LmdbReader(folder) as reader:
+            for number in range(1, len(reader) + 1):
+                yield "in LMDBs", f"{folder}: image-{number:09d}", reader.image(number) or b""
+    for folder in tree.shards:
+        corpus = Corpus.open(folder)
         for sample in range(corpus.num_samples):
             shard, row = corpus.locate(sample)
-            yield f"{path}: {corpus.key(shard, row)}", corpus.read(shard, row, ("image",))[0] or b""
-    elif files := sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES):
-        for file in files:
-            yield str(file), file.read_bytes()
-    else:
-        for folder in find_lmdbs(path):
-            with LmdbReader(folder) as reader:
-                for number in range(1, len(reader) + 1):
-                    yield f"{folder}: image-{number:09d}", reader.image(number) or b""
+            yield "in shards", f"{folder}: {corpus.key(shard, row)}", corpus.read(shard, row, ("image",))[0] or b""
+    for file in tree.others:
+        if holds_image(file):
+            yield "in files", str(file), file.read_bytes()
 
 
-def index_sets(sets: Sequence[Path]) -> tuple[Index, list[str], dict[Path, int]]:
-    """What to look for; the name of each evaluation image; and the number of images in each set."""
+def index_sets(sets: Sequence[Path]) -> tuple[Index, list[str], list[Compared]]:
+    """What to look for; the name of each evaluation image; and what each set holds. UserError if one holds nothing."""
     names: list[str] = []
     digests: list[bytes] = []
     hashes: dict[int, np.ndarray] = {}
-    counts: dict[Path, int] = {}
+    compared = []
     for path in sets:
-        before = len(names)
-        for name, data in evaluation_images(path):
-            hashed = perceptual_hash(data)
-            if hashed is not None:
-                hashes[len(names)] = hashed
-            digests.append(digest(data))
-            names.append(name)
-        counts[path] = len(names) - before
-    return Index.build(digests, hashes), names, counts
+        if not path.is_dir():
+            raise UserError(f"--against {path}: no such folder")
+        seen = Compared(path)
+        try:
+            for kind, name, data in evaluation_images(path):
+                hashed = perceptual_hash(data)
+                if hashed is not None:
+                    hashes[len(names)] = hashed
+                seen.bytes_only += hashed is None
+                seen.kinds[kind] += 1
+                digests.append(digest(data))
+                names.append(name)
+            seen.left_out = [file for file in look_into(path).others if not holds_image(file)]
+        except OSError as error:
+            raise UserError(f"--against {path}: {error.filename} cannot be read ({error.strerror})") from None
+        if not seen.images:
+            found = f"; what it holds is {count_kinds(seen.left_out)}" if seen.left_out else ""
+            raise UserError(f"--against {path}: no LMDB, shards or pictures here or below{found}")
+        compared.append(seen)
+    return Index.build(digests, hashes), names, compared
 
 
 def find_matches(jobs: list[Job], crops: int, workers: int) -> tuple[list[Match], int]:
@@ -222,7 +247,7 @@ def write_picture(file: Path, corpus: Corpus, matches: Sequence[Match], sets: Se
         return
     wanted = {match.image for match in near}
     everything = (image for path in sets for image in evaluation_images(path))
-    known = {number: data for number, (_, data) in enumerate(everything) if number in wanted}
+    known = {number: data for number, (_, _, data) in enumerate(everything) if number in wanted}
     cells = [
         _pair(corpus.read(match.shard, match.row, ("image",))[0] or b"", known[match.image], match) for match in near
     ]
@@ -239,15 +264,21 @@ def _pair(crop: bytes, evaluation: bytes, match: Match) -> np.ndarray:
     return np.pad(np.vstack([*tiles, line]), ((4, 4), (4, 4), (0, 0)), constant_values=255)
 
 
-def print_findings(corpus: Corpus, matches: Sequence[Match], counts: dict[Path, int]) -> None:
-    """A line for each evaluation set."""
+def print_findings(corpus: Corpus, matches: Sequence[Match], compared: Sequence[Compared]) -> None:
+    """A line for each evaluation set, and what else is to be known of it."""
     first = 0
-    for path, count in counts.items():
-        inside = [match for match in matches if first <= match.image < first + count]
+    for seen in compared:
+        inside = [match for match in matches if first <= match.image < first + seen.images]
         equal = sum(match.bits is None for match in inside)
         images = len({match.image for match in inside})
         print(
-            f"{path}: {images:,} of {count:,} images are in the training data; "
+            f"{seen.path}: {images:,} of {seen.images:,} images are in the training data; "
             f"{equal:,} crops are equal, {len(inside) - equal:,} alike, of {corpus.num_samples:,}"
         )
-        first += count
+        if len(seen.kinds) > 1:
+            print(f"{seen.path}: looked at {', '.join(f'{count:,} {kind}' for kind, count in seen.kinds.items())}")
+        if seen.bytes_only:
+            print(f"{seen.path}: {seen.bytes_only:,} cannot be decoded or show nothing: compared by their bytes alone")
+        if seen.left_out:
+            print(f"{seen.path}: left out, as they are no pictures: {count_kinds(seen.left_out)}")
+        first += seen.images

@@ -80,6 +80,30 @@ def test_shards_and_image_files_can_be_evaluation_sets(tiny: Tiny, evaluation: P
         assert expected <= set(records(tmp_path / "out"))
 
 
+def test_all_that_lies_in_a_folder_is_compared(
+    tiny: Tiny, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture beside the LMDBs does not stand for the folder, whatever it is called; what is no picture is named."""
+    tree, flat = tmp_path / "tree", cv2.imencode(".png", np.full((20, 60), 128, np.uint8))[1].tobytes()
+    shutil.copytree(evaluation, tree / "lmdb")
+    convert.main(["--src", str(tiny.lmdb), "--out", str(tree / "shards"), "--name", "s", "--workers", "1"])
+    for name, data in (
+        ("table.png", flat),
+        ("no_suffix", render(99, 30, ()).image),
+        ("README.md", b"no"),
+        ("a.png", b""),
+    ):
+        (tree / name).write_bytes(data)
+    (tree / "nowhere").symlink_to("there")
+    capsys.readouterr()
+    overlap.main([str(tiny.shards), "--against", str(tree), "--out", str(tmp_path / "out"), "--distance", "0"])
+    printed = capsys.readouterr().out
+    assert f"{tree}: 240 of 297 images are in the training data; 240 crops are equal" in printed
+    assert f"{tree}: looked at 55 in LMDBs, 240 in shards, 2 in files" in printed
+    assert f"{tree}: 1 cannot be decoded or show nothing: compared by their bytes alone" in printed
+    assert f"{tree}: left out, as they are no pictures: 1 × .md, 1 × .png, 1 × nowhere" in printed
+
+
 def test_several_corpora_give_one_list(tiny: Tiny, evaluation: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     convert.main(["--src", str(evaluation), "--out", str(other), "--name", "other", "--workers", "1"])
@@ -94,7 +118,8 @@ def test_a_clean_corpus_gives_empty_lists(tiny: Tiny, tmp_path: Path, capsys: py
         writer.add(render(99, 0, ()).image)
         writer.add(b"cannot be decoded")
     overlap.main([str(tiny.shards), "--against", str(tmp_path / "clean"), "--out", str(tmp_path), "--workers", "1"])
-    assert "0 of 2 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 of 2 images" in printed and "1 cannot be decoded or show nothing" in printed
     assert Corpus.open(tiny.shards, exclude=tmp_path / "exclude.jsonl").num_samples == 240
 
 
@@ -113,7 +138,7 @@ def test_unreadable_crops_are_counted(
 def test_wrong_wishes_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     for against, distance, word in (
         (tmp_path / "no", "12", "no such folder"),
-        (tmp_path, "12", "LMDB"),
+        (tmp_path, "12", "no LMDB, shards or pictures here or below"),
         (tmp_path, "99", "63"),
     ):
         with pytest.raises(UserError, match=word):

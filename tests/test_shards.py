@@ -174,6 +174,36 @@ def test_manifests_that_cannot_be_trusted(folders: list[Path], tmp_path: Path) -
         Corpus.open([])
 
 
+def test_what_was_named_in_the_place_of_shards_is_said(folders: list[Path], tmp_path: Path) -> None:
+    write_words(tmp_path / "tree" / "lmdb", 3)
+    (tmp_path / "parent" / "deep").mkdir(parents=True)
+    for folder in folders:
+        (tmp_path / "parent" / "deep" / folder.name).symlink_to(folder)
+    for name, content in (("lit", '{"chunks": []}'), ("mds", '{"shards": [], "version": 2}'), ("tables", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text(content)
+    (tmp_path / "tables" / "a.parquet").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "a.tar").touch()
+    for named, message in (
+        (tmp_path / "tree" / "lmdb", "this is an LMDB: `ccd-data convert --src"),
+        (tmp_path / "tree", "1 LMDBs are below: `ccd-data convert --src"),
+        (tmp_path / "parent", rf"{len(folders)} folders of shards are below: name them \(.*{folders[0].name}"),
+        (tmp_path / "foreign", "1 tars of another tool: `ccd-data index"),
+        (tmp_path / "foreign" / "a.tar", "a tar: name its folder"),
+        (tmp_path / "lit", "a folder of LitData"),
+        (tmp_path / "mds", r"a folder of MosaicML Streaming \(MDS\)"),
+        (tmp_path / "tables", r"what it holds is 1 × \.json, 1 × \.parquet"),
+        (tmp_path / "shards" / "{000..007}.tar", "a pattern or an address: name the folder"),
+        (tmp_path / "shards" / "*.tar", "a pattern or an address: name the folder"),
+        (Path("pipe:cat a.tar"), "a pattern or an address: name the folder"),
+        (Path("s3://bucket/a.tar"), "a pattern or an address: name the folder"),
+        (tmp_path / "nothing", "give a folder that `ccd-data convert` finished"),
+    ):
+        with pytest.raises(UserError, match=rf"no manifest\.json here; {message}"):
+            Corpus.open(named)
+
+
 def test_a_manifest_returns_as_it_was_written(folders: list[Path], tmp_path: Path) -> None:
     manifest = read_manifest(folders[0])
     write_manifest(tmp_path, manifest)

@@ -15,9 +15,10 @@ from weakref import WeakValueDictionary
 import lmdb
 import numpy as np
 
+from ccd_train.data import trees
 from ccd_train.errors import UserError
 
-FILE = "data.mdb"
+FILE = trees.LMDB_FILE
 COUNT = b"num-samples"
 _FIRST_MAP = 1 << 26  # bytes; doubled whenever it is full
 _BATCH = 1000  # records in one write transaction
@@ -32,23 +33,10 @@ def find_lmdbs(root: str | Path) -> list[Path]:
     root = Path(root)
     if not root.exists():
         raise UserError(f"{root}: no such folder; give the folder of an LMDB, or one with LMDBs somewhere below it")
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=True):
-        identity = os.path.realpath(folder)
-        if identity in seen:  # a link to a folder above, or a second way to the same place
-            subfolders.clear()
-            continue
-        seen.add(identity)
-        subfolders.sort()
-        if FILE in files:
-            found.append(Path(folder))
+    found = [folder for folder, files in trees.walk(root) if FILE in files]
     if not found:
         raise UserError(f"{root}: no LMDB here or below (no file {FILE}); give a folder that holds one")
     return sorted(found)
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 class LmdbReader:

@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from ccd_train.data import trees
 from ccd_train.errors import UserError
 from ccd_train.files import sync_folder
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST = trees.SHARDS_FILE
 REFUSED = "refused.jsonl"
 PARTS = ("image", "label", "mask")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
@@ -156,6 +157,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         text = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if seen := trees.instead_of_shards(Path(folder)):
+            raise UserError(f"{folder}: no {MANIFEST} here; {seen}") from None
         raise UserError(
             f"{folder}: no {MANIFEST} here; give a folder that `ccd-data convert` finished "
             "(or run `ccd-data merge` on slices, `ccd-data index` on tars from another tool)"

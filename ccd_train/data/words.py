@@ -9,6 +9,7 @@ the folders are given, and a smaller share is part of a larger one.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,8 +21,11 @@ import torch
 from ccd_train import distributed, draws
 from ccd_train.data.charset import Charset, Tally
 from ccd_train.data.records import LmdbReader, find_lmdbs
-from ccd_train.data.shards import MANIFEST, Corpus, DamagedSampleError
+from ccd_train.data.shards import Corpus, DamagedSampleError
+from ccd_train.data.trees import count_kinds, look_into
 from ccd_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 RECORDS = 10_000  # of an LMDB that are shuffled and read together, as a shard is
 BENCHMARK = ("evaluation", "benchmark")  # folders of the data layout, one in the other
@@ -201,20 +205,31 @@ class _Look:
 
 
 def _open(folder: Path, option: str) -> list[Source]:
-    if (folder / MANIFEST).is_file():
-        corpus = Corpus.open(folder)
-        sources = {Path(shard.source) for shard in corpus.shards}
-        if any(NESTED in source.parts or source.name.lower() in BENCHMARK_SETS for source in sources):
-            _refuse_benchmark(folder, option)
-        return [corpus]
+    """Every LMDB and every folder of shards at or below a folder; what else is there is named in the log."""
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError(f"--{option} {folder}: an empty folder; give LMDBs, or shards that `ccd-data convert` wrote")
-    found = find_lmdbs(folder)
-    for path in found:
-        parts = [part.lower() for part in path.resolve().parts]
-        if BENCHMARK in pairwise(parts) or parts[-1] in BENCHMARK_SETS:
-            _refuse_benchmark(path, option)
-    return [Records(path) for path in found]
+    tree = look_into(folder)
+    if not tree.lmdbs and not tree.shards:
+        find_lmdbs(folder)  # says what is missing
+    if tree.others and distributed.rank() == 0:
+        log.info("%s %s: not read: %s", option, folder, count_kinds(tree.others))
+    corpora = [_open_shards(path, option) for path in tree.shards]
+    return [*corpora, *(_open_lmdb(path, option) for path in tree.lmdbs)]
+
+
+def _open_shards(folder: Path, option: str) -> Corpus:
+    corpus = Corpus.open(folder)
+    sources = {Path(shard.source) for shard in corpus.shards}
+    if any(NESTED in source.parts or source.name.lower() in BENCHMARK_SETS for source in sources):
+        _refuse_benchmark(folder, option)
+    return corpus
+
+
+def _open_lmdb(path: Path, option: str) -> Records:
+    parts = [part.lower() for part in path.resolve().parts]
+    if BENCHMARK in pairwise(parts) or parts[-1] in BENCHMARK_SETS:
+        _refuse_benchmark(path, option)
+    return Records(path)
 
 
 def _refuse_benchmark(path: Path, option: str) -> None:
