@@ -66,7 +66,10 @@ def test_images_that_cannot_be_read_are_named_and_counted(export: Path, folder: 
     assert [Path(line.split("\t")[0]).name for line in output.out.splitlines()] == ["0.JPG", "3.JPG", "4.JPG"]
     complaints = output.err.splitlines()
     assert [line.split(": ")[0] for line in complaints[:2]] == [str(folder / "1.JPG"), str(folder / "2.JPG")]
-    assert complaints[2] == "2 of 5 images cannot be read"
+    assert complaints[2:] == [
+        "2 of 5 images cannot be read",
+        "left out, as they are no images or hidden: 1 × .txt",
+    ]
 
 
 def test_with_json_an_unreadable_image_has_a_record_too(export: Path, folder: Path, capsys: Output) -> None:
@@ -100,6 +103,39 @@ def test_a_photo_on_its_side_is_turned_upright(export: Path, folder: Path, capsy
     assert read.main(["--weights", str(export), *names, "--json"]) == FINISHED
     plain, turned = (json.loads(line)["characters"] for line in capsys.readouterr().out.splitlines())
     assert plain == pytest.approx(turned, abs=2e-6)
+
+
+def test_a_folder_means_what_its_files_mean_one_by_one(export: Path, folder: Path, capsys: Output) -> None:
+    """By content, whatever the name says; what is not tried is counted."""
+    photo = Image.open(folder / "0.JPG").convert("RGB")
+    for suffix in ("avif", "gif", "tiff", "webp", "bmp", "png", "jpeg", "ppm"):
+        photo.save(folder / f"a.{suffix}")
+        (folder / f"a.{suffix}").rename(folder / f"{suffix}_inside")
+    for name, like in (("x.jfif", "0.JPG"), ("x.JPE", "0.JPG"), ("y.txt", "0.JPG"), ("page.jpg", "notes.txt")):
+        (folder / name).write_bytes((folder / like).read_bytes())
+    for name in ("._0.JPG", ".thumbs/0.JPG", "__MACOSX/0.JPG", "data.mdb"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7" + bytes(99))
+    assert read.main(["--weights", str(export), str(folder)]) == FINISHED
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 5 + 8 + 3
+    complaints = output.err.splitlines()
+    assert complaints[0].startswith(f"{folder / 'page.jpg'}: cannot be read") and len(complaints) == 3
+    assert complaints[2] == "left out, as they are no images or hidden: 3 × .jpg, 1 × .mdb, 1 × .txt"
+
+
+def test_a_line_stays_a_line_whatever_the_name(export: Path, folder: Path, capsys: Output) -> None:
+    names = {"new\nline.png": r"new\nline.png", "a\tb.png": r"a\tb.png", "sep\u2028.png": r"sep\u2028.png"}
+    for name in names:
+        (folder / name).write_bytes((folder / "0.JPG").read_bytes())
+    (folder / "bad\n.png").touch()
+    assert read.main(["--weights", str(export), str(folder)]) == FINISHED
+    output = capsys.readouterr()
+    lines = [line.split("\t") for line in output.out.split("\n")[:-1]]
+    assert {len(line) for line in lines} == {3} and set(names.values()) <= {Path(line[0]).name for line in lines}
+    assert r"bad\n.png: cannot be read" in output.err
+    assert read.main(["--weights", str(export), str(folder), "--json"]) == FINISHED
+    assert names.keys() <= {Path(json.loads(line)["image"]).name for line in capsys.readouterr().out.split("\n")[:-1]}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
