@@ -48,6 +48,8 @@ class Options:
     part: Slice
     max_refused: float
     """Share of the records, above which the conversion stops."""
+    with_benchmarks: bool
+    """Also convert what is to be measured on, not trained on."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _write_shard(job: Job, done: Report) -> Outcome:
 
 def convert(options: Options) -> None:
     """Converts what is missing of a slice; if the slice is everything, writes the manifest. UserError if it cannot."""
-    origins = find_origins(options.roots, options.mask_roots)
+    origins = find_origins(options.roots, options.mask_roots, options.with_benchmarks)
     plan = Plan(options.name, asdict(options.settings), [origin.source for origin in origins])
     state = State(options.out)
     state.begin(plan)
@@ -236,6 +238,7 @@ def _parse(argv: list[str]) -> Options:
     )
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="records that a shard covers (%(default)s)")
     add("--labels", choices=("keep", "drop"), default="keep", help="whether labels go with the images (%(default)s)")
+    add("--with-benchmarks", action="store_true", help="take sets to measure on, too; training refuses such shards")
     add("--slice", default="0/1", metavar="i/N", help="convert part i of N, counted from 0; afterwards: ccd-data merge")
     checks.add_options(parser)
     given = parser.parse_args(argv)
@@ -261,4 +264,5 @@ def _parse(argv: list[str]) -> Options:
         workers=given.workers,
         part=Slice.parse(given.slice),
         max_refused=given.max_refused,
+        with_benchmarks=given.with_benchmarks,
     )

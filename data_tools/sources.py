@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from ccd_train.data.records import FILE, LmdbReader, find_lmdbs
+from ccd_train.data.guard import benchmark_at
+from ccd_train.data.records import FILE, LmdbReader, find_lmdbs, source_fingerprint
 from ccd_train.data.shards import Source
 from ccd_train.errors import UserError
 from data_tools.tar import BLOCK
-
-PROBES = 64  # records, evenly spread, that a fingerprint covers
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,11 @@ class Origin:
             raise UserError(f"{self.path}: it is being written to; start again when its writer has ended")
 
 
-def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Origin]:
-    """All LMDBs of the given roots, in order. UserError unless every one can be converted."""
+def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path], with_benchmarks: bool = False) -> list[Origin]:
+    """All LMDBs of the given roots, in order; benchmarks among them are named and, unless asked for, left out.
+
+    UserError unless every one can be converted.
+    """
     inside_masks = [os.path.realpath(root) for root in mask_roots]
     found = [
         (root, path)
@@ -52,6 +51,12 @@ def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Orig
         for path in find_lmdbs(root)
         if not any(Path(os.path.realpath(path)).is_relative_to(masks) for masks in inside_masks)
     ]
+    found = [(root, path) for root, path in found if _is_wanted(path, with_benchmarks)]
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, roots))}: nothing but benchmarks, which are not for training; --with-benchmarks "
+            "converts them all the same"
+        )
     for real_path, times in Counter(os.path.realpath(path) for _, path in found).items():
         if times > 1:
             raise UserError(f"{real_path}: given {times} times; name each LMDB once in --src")
@@ -61,6 +66,17 @@ def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path]) -> list[Orig
         mask_path = _mask_path(root, path, mask_roots) if mask_roots else None
         origins.append(_open(name, path, mask_path))
     return origins
+
+
+def _is_wanted(path: Path, with_benchmarks: bool) -> bool:
+    """Says what it finds about a benchmark, or what may be one."""
+    found = benchmark_at(path)
+    if found is None:
+        return True
+    what = f"{path}: {'' if found.certain else 'bears the name of '}the benchmark {found.name} ({found.why})"
+    wanted = with_benchmarks or not found.certain
+    print(f"{what}: {'taken' if wanted else 'left out; --with-benchmarks takes it'}", flush=True)
+    return wanted
 
 
 def _names(roots: list[Path], below: list[Path]) -> list[str]:
@@ -97,11 +113,6 @@ def _open(name: str, path: Path, mask_path: Path | None) -> Origin:
         records = len(images)
         if mask_path is not None and not masks.has("mask"):
             raise UserError(f"{mask_path}: no mask-%09d keys here; give LMDBs with masks as --mask-src")
-        digest, bytes_in_tar = hashlib.sha256(b"%d records, %d keys" % (records, versions[0][0])), 0
-        numbers = np.unique(np.linspace(1, records, PROBES).astype(int))
-        for number in map(int, numbers):
-            for part in (images.image(number), images.label_bytes(number), masks.mask(number)):
-                digest.update(b"-" if part is None else hashlib.sha256(part).digest())
-                bytes_in_tar += 0 if part is None else BLOCK + (len(part) + BLOCK - 1) // BLOCK * BLOCK
-    source = Source(name, records, digest.hexdigest())
-    return Origin(source, path, mask_path, versions, bytes_in_tar / len(numbers))
+        fingerprint, probed = source_fingerprint(images, masks)
+    bytes_in_tar = sum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK for sizes in probed for size in sizes)
+    return Origin(Source(name, records, fingerprint), path, mask_path, versions, bytes_in_tar / len(probed))

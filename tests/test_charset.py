@@ -52,7 +52,7 @@ def test_labels_that_do_not_fit_are_counted() -> None:
     tally = DICT90.tally(["fine", "", "a" * 23, "a" * 24, "a b", "été"])
     assert (tally.labels, tally.empty, tally.cut, tally.unknown) == (6, 1, 1, 2)
     assert tally.characters == {" ": 1, "é": 2}
-    assert tally.describe() == "6 labels: 1 empty, 1 too long, 2 with unknown characters ('é'×2 ' '×1)"
+    assert tally.describe() == "6 labels: 1 empty, 1 too long (16.7%), 2 with unknown characters ('é'×2 ' '×1)"
 
 
 @pytest.mark.parametrize("text", ["0\ta\n1\tb\n2\t1\n", "a\nb\n1", "\ufeffa\r\nb\r\n\r\n1\r\n", "ab1", "ab1\r\n"])
@@ -91,3 +91,12 @@ def test_files_that_are_no_charset_are_refused(tmp_path: Path, content: bytes, m
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"charset 37: .*36, 62, DICT90"):
         read_charset("37")
+
+
+def test_an_accent_may_be_stored_as_one_code_point_or_as_two() -> None:
+    composed, marks = Charset("caf\u00e9"), Charset("cafe\u0301")
+    for label in ("caf\u00e9", "cafe\u0301"):
+        assert composed.decode(composed.encode(label)[1:]) == "caf\u00e9"
+        assert marks.decode(marks.encode(label)[1:]) == "cafe\u0301"
+        assert not composed.tally([label]).unknown
+    assert read_charset("DICT90").tally(["cafe\u0301"]).characters == {"\u0301": 1}, "as it is, where neither is known"

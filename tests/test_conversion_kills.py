@@ -16,11 +16,10 @@ import pytest
 from conftest import Tiny
 from crops import REAL, contents, crop, small_disk
 
-from ccd_train.data.records import LmdbReader, LmdbWriter
+from ccd_train.data.records import PROBES, LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
 from data_tools import convert, merge, verify
-from data_tools.sources import PROBES
 
 
 def start(source: Path, out: Path, samples_per_shard: int) -> subprocess.Popen[bytes]:

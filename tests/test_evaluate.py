@@ -15,16 +15,19 @@ from conftest import Tiny
 
 from ccd_train.commands import evaluate
 from ccd_train.config.verbs import EvaluateOptions, RecognizerSource
+from ccd_train.data.benchmarks import PUBLISHED
+from ccd_train.data.charset import NAMED
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
 from ccd_train.reports import benchmarks, evaluation
-from ccd_train.reports.benchmarks import GROUPS, PUBLISHED, BenchmarkWords, find_sets, other_size
+from ccd_train.reports.benchmarks import GROUPS, BenchmarkWords, find_sets, other_size
 from ccd_train.reports.evaluation import Result
 from ccd_train.tasks.recognize.reading import open_recognizer
-from ccd_train.tasks.recognize.scoring import RULES, same, similarity
+from ccd_train.tasks.recognize.scoring import rules_for, same, similarity
 from ccd_train.weights.recognizer import FILE, Trained
 
 CODE = "<script>alert('é')</script>"
+OFFICIAL = rules_for(NAMED["DICT90"])
 Evaluate = Callable[..., dict[str, Any]]
 
 
@@ -217,14 +220,85 @@ def test_the_weighted_average_is_the_published_one() -> None:
     ],
 )
 def test_rules(text: str, label: str, right: set[str]) -> None:
-    assert {rule for rule in RULES if same(text, label, rule)} == right
+    assert {name for name, rule in OFFICIAL.items() if same(text, label, rule)} == right
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "right"),
+    [
+        ("나바", "나바차", set()),
+        ("나바차", "나바차!", {"lower_alnum", "case"}),
+        ("ΟΔΟΣ", "οδός".replace("ό", "ο"), {"lower_alnum"}),
+        ("हिन्दी", "हनद", set()),
+        ("istanbul", "İstanbul", {"lower_alnum"}),
+        ("cafe\u0301", "café", {"lower_alnum", "case", "all"}),
+        ("٣", "٤", set()),
+        ("", "", {"lower_alnum", "case", "all"}),
+        ("나\ufffd", "나\ufffd", set()),
+    ],
+)
+def test_rules_for_a_charset_with_other_letters(text: str, label: str, right: set[str]) -> None:
+    """The official rules would leave nothing of most of these, and call everything right."""
+    rules = rules_for("abc나바차")
+    assert {name for name, rule in rules.items() if same(text, label, rule)} == right
+
+
+@pytest.mark.parametrize("characters", [*NAMED.values(), "abc中文", "abc-,.!€²"])
+def test_the_official_rules_stay_where_they_know_every_letter(characters: str) -> None:
+    assert rules_for(characters) is OFFICIAL
+
+
+def test_a_set_of_which_the_rule_leaves_nothing_is_not_scored(
+    run: Evaluate, export: Path, images: list[bytes], tmp_path: Path
+) -> None:
+    with LmdbWriter(tmp_path / "korean") as writer:
+        for label in ("나바", "차", "abc"):
+            writer.add(images[0], label)
+    found = run("--data", str(tmp_path / "korean"))
+    assert (found["sets"][0]["accuracy"], found["averages"]) == (None, [])
+    (warning,) = [line for line in found["warnings"] if "leaves nothing" in line]
+    assert warning.endswith(
+        "2 labels of which rule lower_alnum leaves nothing, of 3: not scored; compare every character with --rule all"
+    )
+    assert "| korean | 3 | – | – | – |" in (tmp_path / "out" / "table.md").read_text(encoding="utf8")
+    assert run("--data", str(tmp_path / "korean"), "--rule", "all")["sets"][0]["accuracy"] == 0
+
+
+def test_capitals_are_written_though_the_rule_is_of_small_letters(
+    images: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "capitals.txt").write_text("İSTANBUL", encoding="utf8")
+    words.write(tmp_path / "small", words.small(str(tmp_path / "capitals.txt")))
+    with LmdbWriter(tmp_path / "set") as writer:
+        writer.add(images[0], "İS")
+    assert (
+        evaluate.main(
+            [*("--weights", str(tmp_path / "small"), "--data", str(tmp_path / "set")), "--out", str(tmp_path)]
+        )
+        == 0
+    )
+    assert "cannot write" not in capsys.readouterr().out
+
+
+def test_blanks_at_the_ends_of_labels_do_not_count(
+    run: Evaluate, images: list[bytes], readings: list[str], tmp_path: Path
+) -> None:
+    for name, end in (("without", ""), ("with", "\n")):
+        with LmdbWriter(tmp_path / name / "set") as writer:
+            writer.add(images[0], readings[0] + end)
+    clean, found = (run("--rule", "all", "--data", str(tmp_path / name)) for name in ("without", "with"))
+    assert (
+        found["sets"][0]["accuracy"] == 1
+        and "set: 1 labels had blanks at their ends, which do not count" in found["warnings"]
+    )
+    assert found["sets"][0]["hash"] != clean["sets"][0]["hash"], "of what is stored"
 
 
 def test_similarity_is_one_less_the_normalised_edit_distance() -> None:
-    assert similarity("kitten", "sitting", "all") == pytest.approx(1 - 3 / 7)
-    assert similarity("Kit-ten", "kitten", "lower_alnum") == 1
-    assert similarity("", "!", "case") == 1, "nothing is compared with nothing"
-    assert similarity("b", "abc", "all") == pytest.approx(1 / 3)
+    assert similarity("kitten", "sitting", OFFICIAL["all"]) == pytest.approx(1 - 3 / 7)
+    assert similarity("Kit-ten", "kitten", OFFICIAL["lower_alnum"]) == 1
+    assert similarity("", "!", OFFICIAL["case"]) == 1, "nothing is compared with nothing"
+    assert similarity("b", "abc", OFFICIAL["all"]) == pytest.approx(1 / 3)
 
 
 def test_labels_of_which_nothing_is_left_are_said(
@@ -393,6 +467,5 @@ def test_without_a_place_it_goes_into_the_run_folder(data: Path, tmp_path: Path)
     }
 
 
-def test_groups_name_known_sets_only() -> None:
-    assert all(name in PUBLISHED for sets in GROUPS.values() for name in sets)
+def test_eleven_are_the_six_and_more() -> None:
     assert benchmarks.GROUPS["eleven"][:6] == GROUPS["six"]

@@ -180,7 +180,8 @@ def test_killed_it_ends_as_if_undisturbed(tiny: Tiny, recipe: Path, tmp_path: Pa
     assert json.loads((quiet / "outcome.json").read_text())["outcome"] == "finished"
     counts = json.loads((quiet / "labels.json").read_text())
     assert counts["valid"] == {
-        "words": tiny.samples, "labels": tiny.samples, "empty": 0, "cut": 0, "unknown": 0, "characters": {}
+        "words": tiny.samples, "labels": tiny.samples, "empty": 0, "cut": 0, "unknown": 0, "characters": {},
+        "trimmed": 0, "bare": 0,
     }  # fmt: skip
     assert counts["train"]["words"] < tiny.samples
     result = subprocess.run(
@@ -258,6 +259,8 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         writer.add(crop(1))
     (tmp_path / "empty").mkdir()
     written(tmp_path / "evaluation" / "benchmark" / "SVT", 3)
+    with LmdbWriter(tmp_path / "korean") as writer:
+        writer.add(b"not looked at", "나바차")
     trained = recognizers.read(GOLDEN / "recognizer_official_layout.pth", None, 2, 4)
     recognizers.write(tmp_path / "recognizer" / recognizers.FILE, trained)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -265,6 +268,11 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         ({"data": {"valid": [str(tmp_path / "unlabelled")]}}, "--data.valid .*unlabelled: no word here has a label"),
         ({"data": {"train": [str(tmp_path / "empty")]}}, "--data.train .*empty: an empty folder"),
         ({"data": {"valid": [str(tmp_path)]}}, "--data.valid .*benchmark.*neither training nor validation"),
+        (
+            {"data": {"valid": [str(tmp_path / "korean")]}},
+            "--data.valid .*korean: rule lower_alnum leaves nothing of 1 of 1 labels .* --valid.rule all",
+        ),
+        ({"data": {"train": [str(tiny.lmdb), str(tiny.shards)]}}, "--data.train: .* are the same; name each set once"),
         ({"data": {"charset": "37"}}, "charset 37: no such name"),
         ({"data": {"fraction": 0.0}}, "data.fraction = 0.0: must lie in"),
         ({"init": None}, "init = None: name weights"),

@@ -14,12 +14,12 @@ from ccd_train.data.charset import LENGTH, Tally, read_charset
 from ccd_train.data.loader import Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.records import LmdbWriter
-from ccd_train.data.words import BENCHMARK_SETS, Words, open_words
+from ccd_train.data.words import Words, open_words
 from ccd_train.errors import UserError
-from ccd_train.reports.benchmarks import PUBLISHED
 from data_tools import convert
 
 DICT90 = read_charset("DICT90")
+ASKED = ["--with-benchmarks", "--name", "b", "--workers", "1"]
 
 
 def words_of(*folders: Path, fraction: float = 1.0, seed: int = 0) -> tuple[Words, Tally]:
@@ -121,11 +121,9 @@ def test_a_benchmark_is_refused(tmp_path: Path, below: str, given: str) -> None:
 def test_a_benchmark_in_shards_or_behind_a_link_is_refused(tmp_path: Path) -> None:
     benchmark = tmp_path / "evaluation" / "benchmark"
     write_words(benchmark / "SVT", 3)
-    assert (
-        convert.main(["--src", str(benchmark), "--out", str(tmp_path / "shards"), "--name", "b", "--workers", "1"]) == 0
-    )
-    alone = ["--src", str(benchmark / "SVT"), "--out", str(tmp_path / "alone"), "--name", "b", "--workers", "1"]
-    assert convert.main(alone) == 0
+    write_words(benchmark / "CUTE80", 3)
+    assert convert.main([*ASKED, "--src", str(benchmark), "--out", str(tmp_path / "shards")]) == 0
+    assert convert.main([*ASKED, "--src", str(benchmark / "CUTE80"), "--out", str(tmp_path / "alone")]) == 0
     (tmp_path / "validation").symlink_to(benchmark / "SVT")
     write_words(tmp_path / "mine" / "CUTE80", 3)
     for folder in ("shards", "alone", "validation", "mine"):
@@ -133,8 +131,48 @@ def test_a_benchmark_in_shards_or_behind_a_link_is_refused(tmp_path: Path) -> No
             words_of(tmp_path / folder)
 
 
-def test_the_sets_of_the_evaluation_are_known() -> None:
-    assert {name.lower() for name in PUBLISHED} == BENCHMARK_SETS
+def test_a_name_alone_is_taken_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PARSeq's `val` is named after the benchmarks, and holds their training splits."""
+    for name in ("IC13", "IC15", "IIIT5k", "SVT"):
+        write_words(tmp_path / "val" / name, 3)
+    assert words_of(tmp_path / "val")[0].num_samples == 12
+    assert "val/SVT: bears the name of the benchmark SVT, but has 3 words, not as published: taken" in caplog.text
+
+
+def test_what_two_folders_hold_is_refused_for_training(tmp_path: Path) -> None:
+    lmdb, shards, linked = write_words(tmp_path / "words", 4), tmp_path / "shards", tmp_path / "linked"
+    linked.symlink_to(lmdb)
+    convert.main(["--src", str(lmdb), "--out", str(shards), "--name", "w", "--workers", "1"])
+    for folders in ([lmdb, lmdb], [lmdb, shards], [shards, shards], [linked, lmdb]):
+        with pytest.raises(UserError, match=r"--data.train: .* and .* are the same; name each set once"):
+            open_words(folders, DICT90, LENGTH, option="data.train", each_once=True)
+    assert open_words([shards], DICT90, LENGTH, option="data.valid")[0].sources == words_of(lmdb)[0].sources
+
+
+def test_blanks_at_the_ends_are_no_part_of_a_word(tmp_path: Path) -> None:
+    labels = ["one\n", " two", "three\r\n", "\ufefffour", "five\u3000", "s i x", "\t", "seven"]
+    with LmdbWriter(tmp_path / "words") as writer:
+        for number, label in enumerate(labels):
+            writer.add(crop(number), label)
+    words, tally = words_of(tmp_path / "words")
+    assert (tally.trimmed, tally.empty, tally.unknown, words.num_samples) == (6, 1, 1, 7)
+    assert "6 with blanks at their ends" in tally.describe()
+    with loader(
+        words, Order(words.shard_samples, 0, 1), Share(0, 7, 7, 7, 0, 1), workers=0, with_labels=True
+    ) as batches:
+        assert set(next(batches).labels) == {"one", "two", "three", "four", "five", "s i x", "seven"}
+
+
+def test_words_that_are_too_long_may_be_left_out(tmp_path: Path) -> None:
+    with LmdbWriter(tmp_path / "words") as writer:
+        for number, label in enumerate(["abc", "abcd", "abcde", "ab"]):
+            writer.add(crop(number), label)
+    cut, tally = open_words([tmp_path], DICT90, 5, option="data.train")
+    assert (cut.num_samples, tally.cut) == (4, 2) and "2 too long (50.0%)" in tally.describe()
+    kept, tally = open_words([tmp_path], DICT90, 5, option="data.train", leave_out_long=True)
+    assert (kept.num_samples, tally.cut) == (2, 2)
+    with pytest.raises(UserError, match=r"every label has more than the 1 characters .* --recognizer.length"):
+        open_words([tmp_path], DICT90, 3, option="data.train")
 
 
 def test_sets_without_labels_and_empty_folders_are_refused(tmp_path: Path) -> None:

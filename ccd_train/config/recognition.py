@@ -25,6 +25,9 @@ class LabelledWords:
     """Labelled words that choose the best weights, likewise; a benchmark is refused."""
     charset: str = "DICT90"
     """36, 62, DICT90, or a text file with one character a line."""
+    too_long: Literal["cut", "leave_out"] = "cut"
+    """Training words with more characters than recognizer.length has room for: learn their beginning (official), or
+    nothing from them."""
     fraction: float = 1.0
     """Share of the training words in use; the same words on every machine for a seed, and less are a part of more."""
     workers: int = 4
@@ -60,7 +63,7 @@ class ReadingHead:
     dropout: float = 0.1
     """In the MLP and the decoder, while training."""
     length: int = 25
-    """Tokens of a word, its beginning and end among them: longer labels are cut."""
+    """Tokens of a word, its beginning and end among them: for longer labels see data.too_long."""
     place_codes: bool = False
     """Add fixed sines of row and column to the image's tokens: the decoder finds its way sooner (official: no)."""
 

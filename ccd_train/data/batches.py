@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccd_train.data.charset import word_of
 from ccd_train.data.masks import (
     HEIGHT,
     WIDTH,
@@ -151,7 +152,7 @@ class BatchReader:
         found = dict(zip(parts, self._read(shard, row, parts), strict=True))
         image = decode_rgb(found["image"] or b"")
         label = found.get("label")
-        text = None if label is None else label.decode(errors="replace")
+        text = None if label is None else word_of(label, errors="replace")
         return Sample(resize_image(image), self._mask(image, found.get("mask")), image.shape[:2], text)
 
     def _mask(self, image: np.ndarray, stored: bytes | None) -> np.ndarray:

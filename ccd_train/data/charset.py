@@ -7,9 +7,10 @@ the end of a word, and N + 2 padding, which fills targets and is never predicted
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
@@ -26,6 +27,17 @@ NAMED = {
     "DICT90": digits + ascii_lowercase + ascii_uppercase + "!\"#$%&'()*+,-./:;<=>?@[\\]_`~",
 }
 NUMBERED = re.compile(r"(\d+)\t(.)")
+BLANKS = r"[\s\ufeff\u200b\0]+"  # white space, and the marks that editors and other programs leave
+_ENDS = re.compile(f"^{BLANKS}|{BLANKS}$")
+
+
+def word_of(stored: bytes, errors: str = "strict") -> str:
+    """The word that a label is: UTF-8, without blanks at its ends, which files written by hand have.
+
+    >>> word_of(b" two words\\n")
+    'two words'
+    """
+    return _ENDS.sub("", stored.decode(errors=errors))
 
 
 @dataclass
@@ -41,12 +53,25 @@ class Tally:
     """Labels with characters that the charset does not hold."""
     characters: Counter[str] = field(default_factory=Counter)
     """How often each unknown character occurs."""
+    trimmed: int = 0
+    """Labels with blanks at their ends, which were taken off."""
+    bare: int = 0
+    """Labels, not the empty ones, of which the rule that scores them leaves nothing."""
+
+    def add(self, other: Tally) -> None:
+        """Counts the labels of other data as well."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
     def describe(self) -> str:
         """One line."""
-        line = f"{self.labels} labels: {self.empty} empty, {self.cut} too long, {self.unknown} with unknown characters"
+        share = f" ({self.cut / self.labels:.1%})" if self.cut else ""
+        line = f"{self.labels} labels: {self.empty} empty, {self.cut} too long{share}, "
+        line += f"{self.unknown} with unknown characters"
         common = " ".join(f"{character!r}×{count}" for character, count in self.characters.most_common(10))
-        return f"{line} ({common})" if common else line
+        line += f" ({common})" if common else ""
+        line += f", {self.trimmed} with blanks at their ends (taken off)" if self.trimmed else ""
+        return line + (f", {self.bare} of which the rule leaves nothing" if self.bare else "")
 
 
 @dataclass(frozen=True)
@@ -85,9 +110,13 @@ class Charset:
 
     def encode(self, label: str, length: int = LENGTH) -> list[int]:
         """The label's target, `length` tokens: beginning, characters, end, padding; cut off where it is too long."""
-        tokens = [self._tokens.get(character, self.unknown) for character in self._folded(label)]
+        tokens = [self._tokens.get(character, self.unknown) for character in self._spelled(label)]
         target = [self.end, *tokens, self.end][:length]
         return target + [self.padding] * (length - len(target))
+
+    def too_long(self, label: str, length: int = LENGTH) -> bool:
+        """Whether the label has more characters than a target has room for beside its beginning and end."""
+        return len(self._spelled(label)) > length - 2
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of predicted tokens (without a beginning), up to their end; unknown characters become "\ufffd"."""
@@ -99,20 +128,26 @@ class Charset:
                 text.append(UNKNOWN if token == self.unknown else self.characters[token])
         return "".join(text)
 
-    def tally(self, labels: Iterable[str], length: int = LENGTH) -> Tally:
-        """Counts what encode would lose of these labels."""
+    def tally(self, labels: Iterable[str], length: int = LENGTH, rule: Callable[[str], str] | None = None) -> Tally:
+        """Counts what encode would lose of these labels, and of how many the rule leaves nothing."""
         tally = Tally()
         for label in labels:
-            odd = [character for character in self._folded(label) if character not in self._tokens]
+            odd = [character for character in self._spelled(label) if character not in self._tokens]
             tally.labels += 1
             tally.empty += not label
-            tally.cut += len(label) > length - 2
+            tally.cut += self.too_long(label, length)
+            tally.bare += rule is not None and label != "" and not rule(label)
             tally.unknown += bool(odd)
             tally.characters.update(odd)
         return tally
 
-    def _folded(self, label: str) -> str:
-        return label.lower() if self.folds_case else label
+    def _spelled(self, label: str) -> str:
+        """With the characters of this charset: é may be one code point or two, and the charset knows one of both."""
+        folded = label.lower() if self.folds_case else label
+        if folded.isascii() or self._tokens.keys() >= set(folded):
+            return folded
+        forms = (unicodedata.normalize(form, folded) for form in ("NFC", "NFD"))
+        return next((form for form in forms if self._tokens.keys() >= set(form)), folded)
 
 
 def read_charset(name: str) -> Charset:

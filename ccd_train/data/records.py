@@ -16,13 +16,14 @@ import lmdb
 import numpy as np
 
 from ccd_train.data import trees
+from ccd_train.data.charset import word_of
 from ccd_train.errors import UserError
 
 FILE = trees.LMDB_FILE
 COUNT = b"num-samples"
 _FIRST_MAP = 1 << 26  # bytes; doubled whenever it is full
 _BATCH = 1000  # records in one write transaction
-_PROBES = 64  # records, evenly spread, that a fingerprint covers
+PROBES = 64  # records, evenly spread, that a fingerprint covers
 
 # LMDB forbids one process to open an environment twice: all readers of a folder share one, until the last is closed.
 _open_environments: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
@@ -66,10 +67,10 @@ class LmdbReader:
         return self._value(b"mask-%09d" % number)
 
     def label(self, number: int) -> str | None:
-        """The text of a record, or None if there is none. UserError if it is not UTF-8."""
+        """The word of a record (see `word_of`), or None if there is none. UserError if it is not UTF-8."""
         value = self.label_bytes(number)
         try:
-            return None if value is None else value.decode()
+            return None if value is None else word_of(value)
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: label-{number:09d} is not UTF-8 ({error}); write it as UTF-8") from None
 
@@ -90,7 +91,7 @@ class LmdbReader:
         """A hash that tells this LMDB from others: of the number of records, and of some of them."""
         count = len(self)
         digest = hashlib.sha256(b"%d records" % count)
-        for number in map(int, np.unique(np.linspace(1, count, _PROBES).astype(int))):
+        for number in map(int, np.unique(np.linspace(1, count, PROBES).astype(int))):
             for part in (self.image(number), self.label_bytes(number)):
                 digest.update(b"-" if part is None else hashlib.sha256(part).digest())
         return digest.hexdigest()
@@ -165,6 +166,21 @@ class LmdbReader:
                 f"{highest}: it is incomplete or still being written; copy it again, or store {highest} as num-samples"
             )
         return highest
+
+
+def source_fingerprint(images: LmdbReader, masks: LmdbReader) -> tuple[str, list[list[int]]]:
+    """The hash by which shards remember the LMDB that they were made of; and the sizes of the parts that it covers.
+
+    It is over the number of records and of keys, and some records. `masks` may be the same LMDB.
+    """
+    count = len(images)
+    digest, sizes = hashlib.sha256(b"%d records, %d keys" % (count, images.version()[0])), []
+    for number in map(int, np.unique(np.linspace(1, count, PROBES).astype(int))):
+        parts = (images.image(number), images.label_bytes(number), masks.mask(number))
+        for part in parts:
+            digest.update(b"-" if part is None else hashlib.sha256(part).digest())
+        sizes.append([len(part) for part in parts if part is not None])
+    return digest.hexdigest(), sizes
 
 
 def _open_checked(path: Path) -> lmdb.Environment:

@@ -65,7 +65,7 @@ class Source:
     """The LMDB's path, as far as it tells it from the other sources; or a tar that another tool wrote."""
     records: int
     fingerprint: str
-    """Hash of the number of records and of some of them (see data_tools/sources.py); of a foreign tar, all of it."""
+    """Hash of the number of records and of some of them (see data/records.py); of a foreign tar, all of it."""
 
 
 @dataclass(frozen=True)

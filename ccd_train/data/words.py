@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ccd_train import distributed, draws
-from ccd_train.data.charset import Charset, Tally
-from ccd_train.data.records import LmdbReader, find_lmdbs
+from ccd_train.data.charset import Charset, Tally, word_of
+from ccd_train.data.guard import benchmark_at, check_benchmark, check_shards, refuse_twice
+from ccd_train.data.records import LmdbReader, find_lmdbs, source_fingerprint
 from ccd_train.data.shards import Corpus, DamagedSampleError
-from ccd_train.data.trees import count_kinds, look_into
+from ccd_train.data.trees import Tree, count_kinds, look_into
 from ccd_train.errors import UserError
 
 log = logging.getLogger(__name__)
 
 RECORDS = 10_000  # of an LMDB that are shuffled and read together, as a shard is
-BENCHMARK = ("evaluation", "benchmark")  # folders of the data layout, one in the other
-BENCHMARK_SETS = {
-    *("svt", "iiit5k_3000", "ic13_857", "ic13_1015", "ic15_1811", "ic15_2077", "svtp", "cute80", "cocotext", "ctw"),
-    *("totaltext", "host", "wost", "mpsc", "wordart"),
-}
-"""The names of the sets there, in small letters."""
-NESTED = "benchmark"  # what the second leaves in the name of a shard's source
 
 
 class Records:
@@ -74,8 +67,12 @@ Source = Corpus | Records
 class Words:
     """Chosen samples of several sources, one after another: what the loader reads. May be pickled and forked."""
 
-    def __init__(self, places: list[Place], rows: list[np.ndarray], identity: str) -> None:
+    def __init__(
+        self, places: list[Place], rows: list[np.ndarray], identity: str, sources: frozenset[str] = frozenset()
+    ) -> None:
         """`rows` int64, ascending: of each place, those in use. Places without any are left out."""
+        self.sources = sources
+        """Hashes of what the words were taken from: others with one of them have the same words."""
         used = [index for index, chosen in enumerate(rows) if len(chosen)]
         self._places = [places[index] for index in used]
         self._rows = [rows[index] for index in used]
@@ -137,52 +134,71 @@ class Place:
         chosen = draws.uniform(keys, "fraction") < fraction
         return np.flatnonzero(chosen.numpy())
 
-    def label(self, row: int) -> str | None:
+    def label(self, row: int) -> bytes | None:
+        """As it is stored."""
         (found,) = self.source.read(self.shard, row, ("label",))
-        return None if found is None else found.decode(errors="replace")
+        return found
 
 
 def open_words(
-    folders: Sequence[Path], charset: Charset, length: int, *, option: str, seed: int = 0, fraction: float = 1.0
+    folders: Sequence[Path],
+    charset: Charset,
+    length: int,
+    *,
+    option: str,
+    seed: int = 0,
+    fraction: float = 1.0,
+    each_once: bool = False,
+    leave_out_long: bool = False,
+    rule: Callable[[str], str] | None = None,
 ) -> tuple[Words, Tally]:
     """The words of LMDBs, trees of LMDBs and shard folders that have a label, and what is odd about their labels.
 
-    All ranks together: each looks at its part of the labels. `option` names the folders in messages. UserError for
-    folders without words or without labels, and for a benchmark.
+    All ranks together: each looks at its part of the labels. `option` names the folders in messages; `rule` is what
+    will be left of a label to be scored. UserError for folders without words or without labels, where all labels are
+    longer than `length` tokens, for a benchmark, and with `each_once` for a set that two of the folders hold.
     """
     with distributed.together():
-        sources = [source for folder in folders for source in _open(folder, option)]
+        sources, given = _open_all(folders, option)
+        if each_once:
+            refuse_twice(given, option)
         places = [Place(source, shard) for source in sources for shard in range(len(source.shard_samples))]
         rows = [place.share(seed, fraction) for place in places]
-        look = _Look(places, rows)
+        look = _Look(places, rows, (lambda label: charset.too_long(label, length)) if leave_out_long else None)
         mine = range(distributed.rank(), len(places), distributed.world_size())
-        tally = charset.tally(look.labels(mine), length)
+        tally = charset.tally(look.labels(mine), length, rule)
+        tally.trimmed = look.trimmed
     unlabelled: dict[int, np.ndarray] = {}
     total = Tally()
     for other, left_out in distributed.gather_objects((tally, look.left_out)):
-        total.labels, total.empty = total.labels + other.labels, total.empty + other.empty
-        total.cut, total.unknown = total.cut + other.cut, total.unknown + other.unknown
-        total.characters += other.characters
+        total.add(other)
         unlabelled |= left_out
-    kept = [np.setdiff1d(chosen, unlabelled.get(index, ())) for index, chosen in enumerate(rows)]
-    words = Words(places, kept, " ".join(source.hash for source in sources))
-    if words.num_samples == 0:
-        named = ", ".join(map(str, folders))
-        if not any(map(len, rows)):
-            raise UserError(f"--{option} {named}: none of its words fall into data.fraction = {fraction}; raise it")
+    named = f"--{option} {', '.join(map(str, folders))}"
+    if total.cut and total.cut == total.labels - total.empty:
         raise UserError(
-            f"--{option} {named}: no word here has a label; give LMDBs with label-%09d, or shards with labels"
+            f"{named}: every label has more than the {length - 2} characters that recognizer.length = {length} allows; "
+            "raise it, --recognizer.length"
         )
+    kept = [np.setdiff1d(chosen, unlabelled.get(index, ())) for index, chosen in enumerate(rows)]
+    words = Words(places, kept, " ".join(source.hash for source in sources), frozenset().union(*given))
+    if words.num_samples == 0:
+        if not any(map(len, rows)):
+            raise UserError(f"{named}: none of its words fall into data.fraction = {fraction}; raise it")
+        raise UserError(f"{named}: no word here has a label; give LMDBs with label-%09d, or shards with labels")
     return words, total
 
 
 class _Look:
     """Reads the labels of some places, and notes the rows that have none."""
 
-    def __init__(self, places: list[Place], rows: list[np.ndarray]) -> None:
-        self._places, self._rows = places, rows
+    def __init__(
+        self, places: list[Place], rows: list[np.ndarray], leave_out: Callable[[str], bool] | None = None
+    ) -> None:
+        self._places, self._rows, self._leave_out = places, rows, leave_out
         self.left_out: dict[int, np.ndarray] = {}
-        """Place → its rows without a label."""
+        """Place → its rows without a label, or with one that is to be left out."""
+        self.trimmed = 0
+        """Labels with blanks at their ends."""
 
     def labels(self, indices: Sequence[int]) -> Iterator[str]:
         """Every label of these places, the empty ones and, as empty, the missing ones too."""
@@ -190,21 +206,49 @@ class _Look:
             place, without = self._places[index], []
             readable = place.has_labels
             for row in self._rows[index].tolist():
-                label = self._label(place, row) if readable else None
-                if not label:
+                label = self._label(place, row) if readable else ""
+                if not label or (self._leave_out and self._leave_out(label)):
                     without.append(row)
-                yield label or ""
+                yield label
             self.left_out[index] = np.array(without, np.int64)
 
-    @staticmethod
-    def _label(place: Place, row: int) -> str | None:
+    def _label(self, place: Place, row: int) -> str:
         try:
-            return place.label(row)
+            stored = place.label(row) or b""
         except DamagedSampleError:  # as good as none
-            return None
+            return ""
+        label = word_of(stored, errors="replace")
+        self.trimmed += label != stored.decode(errors="replace")
+        return label
 
 
-def _open(folder: Path, option: str) -> list[Source]:
+def _open_all(folders: Sequence[Path], option: str) -> tuple[list[Source], list[dict[str, str]]]:
+    """The sources; and of each folder its sets, as `refuse_twice` takes them."""
+    opened: list[Source] = []
+    doubts: list[str] = []
+    given: list[dict[str, str]] = []
+    for folder in folders:
+        sets: dict[str, str] = {}
+        tree = _look_into(folder, option)
+        for path in tree.shards:
+            corpus = Corpus.open(path)
+            more, found = check_shards(corpus, path, option)
+            opened.append(corpus)
+            doubts += more
+            sets |= found
+        for path in tree.lmdbs:
+            doubts += check_benchmark(f"--{option} {path}", benchmark_at(path))
+            records = Records(path)
+            opened.append(records)
+            sets[source_fingerprint(records.reader, records.reader)[0]] = str(path)
+        given.append(sets)
+    if distributed.rank() == 0:
+        for doubt in doubts:
+            log.warning(doubt)
+    return opened, given
+
+
+def _look_into(folder: Path, option: str) -> Tree:
     """Every LMDB and every folder of shards at or below a folder; what else is there is named in the log."""
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError(f"--{option} {folder}: an empty folder; give LMDBs, or shards that `ccd-data convert` wrote")
@@ -213,27 +257,4 @@ def _open(folder: Path, option: str) -> list[Source]:
         find_lmdbs(folder)  # says what is missing
     if tree.others and distributed.rank() == 0:
         log.info("%s %s: not read: %s", option, folder, count_kinds(tree.others))
-    corpora = [_open_shards(path, option) for path in tree.shards]
-    return [*corpora, *(_open_lmdb(path, option) for path in tree.lmdbs)]
-
-
-def _open_shards(folder: Path, option: str) -> Corpus:
-    corpus = Corpus.open(folder)
-    sources = {Path(shard.source) for shard in corpus.shards}
-    if any(NESTED in source.parts or source.name.lower() in BENCHMARK_SETS for source in sources):
-        _refuse_benchmark(folder, option)
-    return corpus
-
-
-def _open_lmdb(path: Path, option: str) -> Records:
-    parts = [part.lower() for part in path.resolve().parts]
-    if BENCHMARK in pairwise(parts) or parts[-1] in BENCHMARK_SETS:
-        _refuse_benchmark(path, option)
-    return Records(path)
-
-
-def _refuse_benchmark(path: Path, option: str) -> None:
-    raise UserError(
-        f"--{option} {path}: a benchmark; neither training nor validation may see it. `ccd-train evaluate` is for it; "
-        "a training set that bears a benchmark's name needs another folder name"
-    )
+    return tree

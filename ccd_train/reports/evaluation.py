@@ -13,21 +13,22 @@ from typing import Any
 from tqdm import tqdm
 
 from ccd_train.config.verbs import EvaluateOptions
+from ccd_train.data.benchmarks import PUBLISHED
 from ccd_train.errors import UserError
 from ccd_train.files import digest, replace_file, write_json
 from ccd_train.reports import mistakes
 from ccd_train.reports.benchmarks import (
     GROUPS,
-    PUBLISHED,
     BenchmarkWords,
     Set,
     Word,
+    not_averaged,
     other_size,
     twice,
 )
 from ccd_train.reports.mistakes import Mistake
 from ccd_train.tasks.recognize.reading import Reader, Reading, open_recognizer
-from ccd_train.tasks.recognize.scoring import MEANING, RULES, same, similarity
+from ccd_train.tasks.recognize.scoring import meaning, rules_for, same, says_nothing, similarity
 from ccd_train.weights import recognizer
 from ccd_train.weights.recognizer import Trained
 
@@ -50,10 +51,17 @@ class Result:
     beyond: int
     """Labels of which the rule leaves what this recogniser cannot write: other characters, or too many."""
     hash: str
+    trimmed: int = 0
+    """Labels with blanks at their ends, which were taken off."""
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.words
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the rule leaves something of most labels, so that the accuracy means something."""
+        return not says_nothing(self.empty, self.words)
 
 
 @dataclass(frozen=True)
@@ -75,23 +83,25 @@ def evaluate(reader: Reader, chosen: Set, rule: str, batch_size: int, errors: in
     count = correct = unreadable = empty = beyond = 0
     total = 0.0
     worst: list[Mistake] = []
+    kept = rules_for(reader.charset.characters)[rule]
     remaining = tqdm(words, desc=chosen.name, unit=" words", leave=False, disable=None)
     for batch in _batches(iter(remaining), batch_size):
         for word, reading in zip(batch, reader.read([word.image for word in batch]), strict=True):
             readable = isinstance(reading, Reading)
             text, confidence = (reading.text, reading.confidence) if isinstance(reading, Reading) else ("", 0.0)
-            right = readable and same(text, word.label, rule)
-            close = similarity(text, word.label, rule) if readable else 0.0
+            right = readable and same(text, word.label, kept)
+            close = similarity(text, word.label, kept) if readable else 0.0
             count, correct, total = count + 1, correct + right, total + close
             unreadable += not readable
-            empty += not RULES[rule](word.label)
-            beyond += not reader.can_write(RULES[rule](word.label))
+            empty += not kept(word.label)
+            beyond += not reader.can_write(word.label, kept)
             if not right:
                 mistake = Mistake(1 - close, confidence, -word.number, word.label, text, not readable)
                 (heapq.heappush if len(worst) < errors else heapq.heappushpop)(worst, mistake)
     if not count:
         raise UserError(f"{chosen.path}: no labelled words in it; leave it out by --sets")
-    result = Result(chosen.name, count, correct, total / count, unreadable, words.unlabelled, empty, beyond, words.hash)
+    seen = (unreadable, words.unlabelled, empty, beyond)
+    result = Result(chosen.name, count, correct, total / count, *seen, words.hash, words.trimmed)
     return result, sorted(worst, reverse=True)
 
 
@@ -110,10 +120,10 @@ def evaluate_all(
 
 
 def averages(results: Sequence[Result]) -> list[AverageRow]:
-    """Over the usual groups of which all sets are there, and over everything."""
-    by_name = {result.name: result for result in results}
+    """Over the usual groups of which all sets are there, and over everything that can be scored."""
+    by_name = {result.name: result for result in results if result.is_scored}
     groups = {name: sets for name, sets in GROUPS.items() if all(member in by_name for member in sets)}
-    groups["all"] = tuple(by_name)
+    groups |= {"all": tuple(by_name)} if by_name else {}
     return [_average(name, [by_name[member] for member in sets]) for name, sets in groups.items()]
 
 
@@ -125,8 +135,9 @@ def table(trained: Trained, sha256: str, rule: str, results: Sequence[Result], m
     ]
     for result in results:
         published = " or ".join(f"{size:,}" for size in PUBLISHED.get(result.name, ())) or "–"
+        score = f"{result.accuracy:.2%} | {result.similarity:.4f}" if result.is_scored else "– | –"
         lines.append(
-            f"| {result.name} | {result.words:,} | {published} | {result.accuracy:.2%} | {result.similarity:.4f} "
+            f"| {result.name} | {result.words:,} | {published} | {score} "
             f"| {result.unreadable} | {result.unlabelled} | {result.hash[:12]} |"
         )
     lines += [
@@ -140,7 +151,8 @@ def table(trained: Trained, sha256: str, rule: str, results: Sequence[Result], m
             f"| {average.similarity:.4f} | {average.similarity_by_words:.4f} | {' '.join(average.sets)} |"
         )
     lines += ["", f"- weights: {trained.origin} (sha256 {sha256[:12]})"]
-    lines += [f"- charset: {_charset(trained)}", f"- rule `{rule}`: {MEANING[rule]}"]
+    lines += [f"- charset: {_charset(trained)}", f"- rule `{rule}`: {meaning(rule, trained.charset.characters)}"]
+    lines += [f"- {line}" for line in not_averaged([result.name for result in results if result.is_scored])]
     lines += [f"- warning: {warning}" for warning in warnings(results, rule, missing)]
     return "\n".join(lines) + "\n"
 
@@ -154,7 +166,9 @@ def warnings(results: Sequence[Result], rule: str, missing: Sequence[str] = ()) 
         if result.unreadable:
             found.append(f"{result.name}: {result.unreadable} images cannot be read; they count as wrong")
         if result.empty:
-            found.append(f"{result.name}: {result.empty} labels of which rule {rule} leaves nothing")
+            found.append(f"{result.name}: {result.empty} labels of which rule {rule} leaves nothing" + _so(result))
+        if result.trimmed:
+            found.append(f"{result.name}: {result.trimmed} labels had blanks at their ends, which do not count")
         if result.beyond:
             found.append(
                 f"{result.name}: {result.beyond} labels hold what this recogniser cannot write; they are wrong"
@@ -172,8 +186,9 @@ def record(
         "about": trained.about,
         "charset": {"name": trained.charset.name, "characters": trained.charset.characters},
         "rule": rule,
-        "sets": [vars(result) | {"accuracy": result.accuracy} for result in results],
+        "sets": [vars(result) | {"accuracy": result.accuracy if result.is_scored else None} for result in results],
         "averages": [vars(average) for average in averages(results)],
+        "not_averaged": not_averaged([result.name for result in results if result.is_scored]),
         "warnings": warnings(results, rule, missing),
     }
 
@@ -230,6 +245,12 @@ def publish(
 def _batches(words: Iterator[Word], size: int) -> Iterator[list[Word]]:
     while batch := list(islice(words, size)):
         yield batch
+
+
+def _so(result: Result) -> str:
+    if result.is_scored:
+        return "; as in the official code they are right where nothing is read that it keeps"
+    return f", of {result.words}: not scored; compare every character with --rule all"
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

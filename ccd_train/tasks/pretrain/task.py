@@ -10,6 +10,7 @@ The same command again goes on where the run stopped, at the exact sample, on an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from ccd_train.augment.geometry import warp_masks
 from ccd_train.augment.views import Augmentation
 from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch, BatchReader
+from ccd_train.data.guard import check_shards, refuse_twice
 from ccd_train.data.loader import Batches, Share, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import TrainingError
@@ -39,6 +41,8 @@ from ccd_train.tasks.pretrain.weights import CENTER, TEACHER, start_from
 from ccd_train.training.average import Average
 from ccd_train.training.metrics import Alarm
 from ccd_train.training.task import Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,14 @@ class Pretraining(Task):
         config = self.config
         with distributed.together():
             self.corpus = Corpus.open(config.data.shards, config.data.exclude)
+            checked = [check_shards(self.corpus, folder, "data.shards") for folder in config.data.shards]
+            refuse_twice([sets for _, sets in checked], "data.shards")
             self.order = sample_order(self.corpus, config.data, config.seed)
             probing = config.probe.every_steps > 0 and distributed.rank() == 0
             self.probe_words = read_words(config.probe.data, config.probe.words) if probing else None
+        for doubts, _ in checked if distributed.rank() == 0 else ():
+            for doubt in doubts:
+                log.warning(doubt)
         self.samples_per_epoch, self.validate_every = self.corpus.num_samples, config.probe.every_steps
         self.augmentation = Augmentation(config.augment, config.affine)
         self.center = Center(config.model.prototypes, distributed.device())

@@ -16,6 +16,7 @@ from ccd_train.config.verbs import RecognizerSource
 from ccd_train.data.charset import read_charset
 from ccd_train.data.masks import UndecodableImage, decode_rgb, resize_image
 from ccd_train.models import decoding
+from ccd_train.tasks.recognize.scoring import Fold, written
 from ccd_train.weights import recognizer
 from ccd_train.weights.recognizer import Trained
 
@@ -42,7 +43,7 @@ class Reader:
 
     def __init__(self, trained: Trained) -> None:
         cv2.setNumThreads(1)
-        self._charset, self._length = trained.charset, trained.sizes.length
+        self.charset, self._length = trained.charset, trained.sizes.length
         self._device = distributed.device()
         self._network = trained.network().to(self._device)
 
@@ -55,9 +56,10 @@ class Reader:
         readings = iter(self._read([crop for crop in crops if isinstance(crop, np.ndarray)]))
         return [next(readings) if isinstance(crop, np.ndarray) else crop for crop in crops]
 
-    def can_write(self, text: str) -> bool:
-        """Whether this could be read at all: it is not too long, and the charset holds its characters."""
-        return len(text) <= self._length and set(text) <= set(self._charset.characters)
+    def can_write(self, label: str, rule: Fold) -> bool:
+        """Whether a label could be read at all, as the rule compares it: by its length and by its characters."""
+        compared = rule(label)
+        return len(compared) <= self._length and written(rule, self.charset.characters).issuperset(compared)
 
     def _read(self, crops: Sequence[np.ndarray]) -> list[Reading]:
         """Crops uint8 [32, 128, 3]."""
@@ -68,7 +70,7 @@ class Reader:
         words = decoding.read(self._network, inputs)
         readings = []
         for tokens, confidences in zip(words.tokens.tolist(), words.confidences.tolist(), strict=True):
-            text = self._charset.decode(tokens)
+            text = self.charset.decode(tokens)
             readings.append(Reading(text, math.prod(confidences), confidences[: len(text)]))
         return readings
 

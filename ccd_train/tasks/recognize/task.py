@@ -32,7 +32,7 @@ from ccd_train.errors import UserError
 from ccd_train.files import write_json
 from ccd_train.models import decoding
 from ccd_train.models.recognizer import Recognizer, recognition_loss
-from ccd_train.tasks.recognize.scoring import RULES, same
+from ccd_train.tasks.recognize.scoring import RULES, meaning, rules_for, same, says_nothing
 from ccd_train.tasks.recognize.start import start_from
 from ccd_train.training import schedules
 from ccd_train.training.best import Best
@@ -56,13 +56,28 @@ class Recognition(Task):
         with distributed.together():
             self.charset = charset = read_charset(settings.charset)
         self.words, self.train_tally = open_words(
-            settings.train, charset, length, option="data.train", seed=config.seed, fraction=settings.fraction
+            settings.train, charset, length, option="data.train", seed=config.seed, fraction=settings.fraction,
+            each_once=True, leave_out_long=settings.too_long == "leave_out",
+        )  # fmt: skip
+        self.rules = rules_for(charset.characters)
+        self.valid, self.valid_tally = open_words(
+            settings.valid, charset, length, option="data.valid", rule=self.rules[config.valid.rule]
         )
-        self.valid, self.valid_tally = open_words(settings.valid, charset, length, option="data.valid")
+        self.refuse_empty_score()
         self.samples_per_epoch, self.validate_every = self.words.num_samples, config.valid.every_steps
         self.augmentation, self.best = WordAugmentation(config.augment, Affine()), Best(config.valid)
         self.init = "/".join((config.init or Path()).parts[-2:])  # not where it lies on this machine
         return {"corpus": self.words.hash, "valid": self.valid.hash, "charset": charset.characters}
+
+    def refuse_empty_score(self) -> None:
+        """UserError where the rule would call most of the validation words right, whatever is read."""
+        tally, rule = self.valid_tally, self.config.valid.rule
+        if says_nothing(tally.bare, tally.labels - tally.empty):
+            named = ", ".join(map(str, self.config.data.valid))
+            raise UserError(
+                f"--data.valid {named}: rule {rule} leaves nothing of {tally.bare} of {tally.labels - tally.empty} "
+                f"labels ({meaning(rule, self.charset.characters)}); compare every character with --valid.rule all"
+            )
 
     def network(self) -> Recognizer:
         config = self.config
@@ -99,6 +114,8 @@ class Recognition(Task):
         )
         for name, words, tally in parts:
             log.info("data.%s: %d words; %s", name, words.num_samples, tally.describe())
+        if self.words.sources & self.valid.sources:
+            log.warning("data.valid: has words of data.train; what was learnt by heart is not told from what is read")
         samples = self.config.train.total_samples
         log.info("%d samples: every word is seen %.3g times", samples, samples / self.words.num_samples)
         found = {name: {"words": words.num_samples, **vars(tally)} for name, words, tally in parts}
@@ -166,7 +183,7 @@ class Recognition(Task):
                         text, seen, replaced = self.charset.decode(tokens), seen + 1, row in batch.replaced
                         unreadable += replaced
                         for rule in RULES:  # a word whose image cannot be read is not read right
-                            right[rule] += not replaced and same(text, label or "", rule)
+                            right[rule] += not replaced and same(text, label or "", self.rules[rule])
                 targets[batch.epochs.to(device) > 0, 1:] = self.charset.padding
                 targets[list(batch.replaced), 1:] = self.charset.padding  # another word stands in its place
                 number = (targets[:, 1:] != self.charset.padding).sum()
