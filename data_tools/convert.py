@@ -30,6 +30,7 @@ from data_tools.progress import Progress
 from data_tools.sources import Origin, find_origins
 from data_tools.state import Outcome, Refused, State, is_whole, write_errors, write_refused
 from data_tools.tar import ShardWriter, directory_of
+from data_tools.versions import check_unwritten, facts_of, to_json
 
 _REPORT_EVERY = 1000  # records
 _MAPPED = 64 << 20  # bytes of an LMDB to have mapped at once: mapped pages count as memory of the process
@@ -116,8 +117,8 @@ def convert(options: Options) -> None:
     """Converts what is missing of a slice; if the slice is everything, writes the manifest. UserError if it cannot."""
     origins = find_origins(options.roots, options.mask_roots, options.with_benchmarks)
     plan = Plan(options.name, asdict(options.settings), [origin.source for origin in origins])
-    state = State(options.out)
-    state.begin(plan)
+    state, facts = State(options.out), facts_of(origins)
+    state.begin(plan, to_json(facts))
     with state.locked(options.part):
         finished = read_manifest(options.out) if (options.out / MANIFEST).exists() else None
         before = Plan.of_manifest(finished) if finished else state.plan()
@@ -125,6 +126,8 @@ def convert(options: Options) -> None:
             raise UserError(
                 f"{options.out}: holds another conversion: {differences}; choose another --out, or empty it"
             )
+        if (known := state.sources()) is not None:
+            check_unwritten(known, facts)
         pieces = list(plan.pieces(options.part))
         jobs = [Job(options, plan.hash, origins[piece.origin], piece) for piece in pieces]
         state.remove_temporaries(pieces)

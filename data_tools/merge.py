@@ -13,14 +13,14 @@ from pathlib import Path
 from ccd_train.data.shards import MANIFEST, REFUSED, Manifest, Shard, read_manifest, write_manifest
 from ccd_train.errors import FINISHED, UserError
 from data_tools.plan import Piece, Plan, SizeCounts, Slice
-from data_tools.state import Outcome, State, remove_temporaries, write_errors, write_refused
+from data_tools.state import SOURCES, Outcome, State, remove_temporaries, write_errors, write_refused
 
 
 def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
     """Writes refused.jsonl and, last, the manifest. UserError if a piece is missing, or a slice (not `own`) running."""
     state.check_idle(own)
     state.remove_temporaries(list(plan.pieces()))
-    remove_temporaries(state.out, {MANIFEST, REFUSED})
+    remove_temporaries(state.out, {MANIFEST, REFUSED, SOURCES})
     shards: list[Shard] = []
     kinds: Counter[str] = Counter()
     sizes = SizeCounts()
@@ -41,6 +41,7 @@ def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
             raise _incomplete(state, missing)
 
     write_refused(state.out, outcomes())
+    state.keep_sources()
     manifest = Manifest(plan.name, plan.settings, plan.sources, shards, dict(sorted(kinds.items())), sizes.counts())
     write_manifest(state.out, manifest)
     state.remove()

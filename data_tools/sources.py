@@ -113,6 +113,8 @@ def _open(name: str, path: Path, mask_path: Path | None) -> Origin:
         records = len(images)
         if mask_path is not None and not masks.has("mask"):
             raise UserError(f"{mask_path}: no mask-%09d keys here; give LMDBs with masks as --mask-src")
+        if mask_path is not None:
+            masks.check_numbers("mask", records)
         fingerprint, probed = source_fingerprint(images, masks)
     bytes_in_tar = sum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK for sizes in probed for size in sizes)
     return Origin(Source(name, records, fingerprint), path, mask_path, versions, bytes_in_tar / len(probed))

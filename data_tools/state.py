@@ -1,6 +1,7 @@
 """What a conversion knows of itself while it is not finished: DIR/.conversion, which the manifest replaces.
 
 plan.json            sources and settings; whoever starts with others is refused
+sources.json         how to notice that somebody writes to a source; stays beside the manifest (see versions.py)
 000123.json          the outcome of a piece, written after its shard is safe on the disk
 slice-3-of-8.lock    held (flock) by whoever converts that slice
 """
@@ -26,6 +27,7 @@ from data_tools.plan import Piece, Plan, Slice
 
 FOLDER = ".conversion"
 PLAN = "plan.json"
+SOURCES = "sources.json"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,15 @@ class State:
         self.out = out
         self.folder = out / FOLDER
 
-    def begin(self, plan: Plan) -> None:
-        """Makes the folder this plan's own. UserError if it holds anything else."""
+    def begin(self, plan: Plan, sources: bytes) -> None:
+        """Makes the folder this plan's own. UserError if it holds anything else.
+
+        `sources` is kept from the first start on, for `sources` to return.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / PLAN).exists() and not (self.out / MANIFEST).exists():
             self._check_empty()
+            write_atomically(self.folder / SOURCES, [sources])
             write_atomically(self.folder / PLAN, [plan.json()])
 
     def plan(self) -> Plan | None:
@@ -70,6 +76,16 @@ class State:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / PLAN}: damaged ({error}); delete {self.out} and convert again") from None
+
+    def sources(self) -> bytes | None:
+        """What `begin` was given first, also of a finished conversion; None if an earlier version began it."""
+        folder = self.out if (self.out / MANIFEST).exists() else self.folder
+        return (folder / SOURCES).read_bytes() if (folder / SOURCES).exists() else None
+
+    def keep_sources(self) -> None:
+        """Puts that where the finished conversion has it."""
+        if (sources := self.sources()) is not None:
+            write_atomically(self.out / SOURCES, [sources])
 
     def record(self, piece: Piece, outcome: Outcome) -> None:
         """Notes that a piece is done. Its files must be safe on the disk."""

@@ -179,6 +179,13 @@ def test_masks_come_from_the_same_lmdb_or_from_a_parallel_tree(tmp_path: Path) -
     write_words(tmp_path / "training" / "Y", 5)
     with pytest.raises(UserError, match=r"no LMDB with its masks at .*Mask/Y"):
         run("--src", tmp_path / "training", "--out", tmp_path / "o3", *given)
+    shutil.rmtree(tmp_path / "training" / "Y")
+    with lmdb.open(str(masks)) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"mask-%09d" % 6, mask(6))
+    with pytest.raises(UserError, match="its masks go on to number 6, but its last image is number 5"):
+        run("--src", tmp_path / "training", "--out", tmp_path / "o3", *given)
+    with pytest.raises(UserError, match=r"Mask.*: these are masks .* as --mask-src"):
+        run("--src", tmp_path / "all", "--out", tmp_path / "o3", "--name", "x")
 
 
 def test_labels_can_be_dropped(words: Path, tmp_path: Path) -> None:
@@ -307,6 +314,36 @@ def test_another_conversion_in_the_folder_is_refused(words: Path, shards: Path, 
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         run(*options, "--out", tmp_path / "file" / "o")
+
+
+def test_shards_of_a_source_that_was_written_to_since_are_stale(tmp_path: Path) -> None:
+    """One label of many: no sample of the records would show it."""
+    source, out = write_words(tmp_path / "words", 200), tmp_path / "o"
+    options = ("--src", source, "--out", out, "--name", "w", "--samples-per-shard", 20)
+    assert run(*options) == 0
+    before = contents(out)
+    facts = json.loads(before["sources.json"])
+    assert facts.keys() == {"words"} and facts["words"]["entries"] == 351
+    assert run(*options) == 0  # nothing to do
+    moved = shutil.copytree(source, tmp_path / "elsewhere" / "words")  # at another time: a copy is as good
+    assert run("--src", moved, *options[2:]) == 0
+    os.utime(source / "data.mdb", (1, 1))  # another LMDB of the same size may have come in its place
+    with pytest.raises(UserError, match=r"words: the source was written to since \(modified .*\): --out another"):
+        run(*options)
+    change(moved, {"label-000000099": b"corrected"})
+    with pytest.raises(UserError, match=r"words: the source was written to since \(transaction 1 → 2"):
+        run("--src", moved, *options[2:])
+    assert before.items() <= contents(out).items()
+    (out / "sources.json").unlink()  # a folder of an earlier version
+    assert run(*options) == 0
+
+    begun = ("--src", moved, "--out", tmp_path / "p", "--name", "w", "--samples-per-shard", 20)
+    assert run(*begun, "--slice", "0/2") == 0
+    change(moved, {"label-000000099": b"corrected twice"})
+    with pytest.raises(UserError, match=r"words: the source was written to since"):
+        run(*begun, "--slice", "1/2")
+    (tmp_path / "p" / ".conversion" / "sources.json").unlink()  # begun by an earlier version
+    assert run(*begun, "--slice", "1/2") == 0 and merge.main([str(tmp_path / "p")]) == 0
 
 
 def test_a_second_conversion_of_the_same_slice_is_refused(words: Path, tmp_path: Path) -> None:

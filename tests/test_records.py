@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import lmdb
 import pytest
+from crops import crop
 
 from ccd_train.data.records import LmdbReader, LmdbWriter, find_lmdbs
 from ccd_train.errors import UserError
@@ -72,11 +74,25 @@ def test_a_writer_that_fails_leaves_an_lmdb_that_is_refused(tmp_path: Path) -> N
         LmdbWriter(tmp_path / "words")
 
 
+def numbered(**kinds: Iterable[int]) -> dict[bytes, bytes]:
+    """An LMDB's content with these numbers of each kind."""
+    entries = {f"{kind}-{number:09d}".encode(): b"x" for kind, numbers in kinds.items() for number in numbers}
+    return entries | {b"num-samples": b"%d" % max(kinds["image"])}
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({b"label-000000001": b"x", b"num-samples": b"1"}, "labels but no images"),
-        ({b"num-samples": b"0"}, "no image-%09d keys"),
+        ({b"num-samples": b"0"}, r"no image-%09d keys \(it is empty\)"),
+        ({b"00000007": b"x", b"00000008": b"x"}, r"no image-%09d keys \(its first keys are '00000007', '00000008'\)"),
+        ({b"mask-000000001": b"x", b"num-samples": b"1"}, "these are masks .* as --mask-src"),
+        ({b"image-000000001": b"x", b"nSamples": b"1"}, "nSamples, which says '1'; store it as num-samples"),
+        (numbered(label=range(2), image=range(1, 3)), "its labels count from 0 and its images from 1: each image"),
+        (numbered(mask=range(2), image=range(1, 3)), "its masks count from 0 and its images from 1: each image"),
+        (numbered(label=range(1, 9), image=range(1, 3)), "labels go on to number 8, but its last image is number 2"),
+        (numbered(mask=range(1, 9), image=range(1, 3)), "masks go on to number 8, but its last image is number 2"),
+        (numbered(label=[2], image=[1, 2]) | {b"label-000000002": crop(1)}, "label-000000002 holds a picture"),
         ({b"image-000000001": b"x"}, "no num-samples key"),
         ({b"image-000000001": b"x", b"num-samples": b"2"}, "num-samples says '2' but the last image is number 1"),
         ({b"image-000000001": b"x", b"image-000000002": b"x", b"num-samples": b"1"}, "the last image is number 2"),
@@ -97,9 +113,11 @@ def test_folders_that_are_no_lmdb_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(b"garbage" * 1000)
     with pytest.raises(UserError, match="cannot be opened"):
         LmdbReader(tmp_path).image(1)
-    (tmp_path / "data.mdb").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be opened"):
-        LmdbReader(tmp_path).image(1)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for content, message in ((b"", "0 bytes"), (pointer, "a Git LFS pointer, .*`git lfs pull`")):
+        (tmp_path / "data.mdb").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            LmdbReader(tmp_path).image(1)
 
 
 def test_a_file_cut_short_is_refused_before_it_can_kill_us(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ mask), counted from 1, and `num-samples`, the number of records in decimal digit
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ import numpy as np
 
 from ccd_train.data import trees
 from ccd_train.data.charset import word_of
+from ccd_train.data.signatures import HEAD, is_image, is_lfs_pointer
 from ccd_train.errors import UserError
 
 FILE = trees.LMDB_FILE
@@ -81,6 +83,20 @@ class LmdbReader:
     def has(self, kind: str) -> bool:
         """Whether there is any record of this kind ("image", "label" or "mask")."""
         return self._last_number(kind) is not None
+
+    def check_numbers(self, kind: str, count: int) -> None:
+        """UserError unless the labels or masks are numbered as `count` images are: else each may be its neighbour's."""
+        if self._value(f"{kind}-{0:09d}".encode()) is not None:
+            raise UserError(
+                f"{self.path}: its {kind}s count from 0 and its images from 1: each image would get the {kind} of its "
+                f"neighbour; write it again with {kind}s from {kind}-000000001 on"
+            )
+        last = self._last_number(kind)
+        if last is not None and last > count:
+            raise UserError(
+                f"{self.path}: its {kind}s go on to number {last}, but its last image is number {count}: they may "
+                "belong to other images; write it again with the same numbers for both"
+            )
 
     def version(self) -> tuple[int, int]:
         """Number of keys, and of the last committed transaction: they differ after any write to the LMDB."""
@@ -151,11 +167,15 @@ class LmdbReader:
     def _checked_count(self) -> int:
         stored, highest = self._value(COUNT), self._last_number("image")
         if highest is None:
-            what = "labels but no images" if self.has("label") else "no image-%09d keys"
-            raise UserError(f"{self.path}: this LMDB holds {what}; give one with images")
+            raise UserError(f"{self.path}: {self._instead_of_images()}")
         if self._value(b"image-%09d" % 0) is not None:
             raise UserError(f"{self.path}: its keys count from 0; write it again with keys from image-000000001 on")
         if stored is None:
+            if (other := self._value(b"nSamples")) is not None:
+                raise UserError(
+                    f"{self.path}: no num-samples key (records up to {highest} are there), but nSamples, which says "
+                    f"{_text(other)!r}; store it as num-samples"
+                )
             raise UserError(
                 f"{self.path}: no num-samples key (records up to {highest} are there): it is still being written, or "
                 "its writing was broken off; wait for its writer or write it again"
@@ -165,7 +185,23 @@ class LmdbReader:
                 f"{self.path}: num-samples says {stored.decode(errors='replace')!r} but the last image is number "
                 f"{highest}: it is incomplete or still being written; copy it again, or store {highest} as num-samples"
             )
+        for kind in ("label", "mask"):
+            self.check_numbers(kind, highest)
+        last = self._last_number("label")
+        if last is not None and is_image((self._value(b"label-%09d" % last) or b"")[:HEAD]):
+            raise UserError(f"{self.path}: label-{last:09d} holds a picture; write it again, with images as image-%09d")
         return highest
+
+    def _instead_of_images(self) -> str:
+        """What an LMDB holds that is none of word images, and what to do with it."""
+        if self.has("mask"):
+            return "these are masks (mask-%09d) without images; name it, or the folder it is in, as --mask-src"
+        if self.has("label"):
+            return "this LMDB holds labels but no images; give one with images"
+        with self._environment().begin() as transaction, transaction.cursor() as cursor:
+            keys = [key for key in itertools.islice(cursor.iternext(values=False), 4) if key != COUNT][:3]
+        named = f"its first keys are {', '.join(map(repr, map(_text, keys)))}" if keys else "it is empty"
+        return f"this LMDB holds no image-%09d keys ({named}): another program's; write one with image-%09d keys"
 
 
 def source_fingerprint(images: LmdbReader, masks: LmdbReader) -> tuple[str, list[list[int]]]:
@@ -189,6 +225,15 @@ def _open_checked(path: Path) -> lmdb.Environment:
     if not file.is_file():
         raise UserError(f"{path}: no LMDB here (no file {FILE}); give the folder of an LMDB")
     try:
+        with open(file, "rb") as opened:
+            head = opened.read(HEAD)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions and the disk") from None
+    if not head:
+        raise UserError(f"{file}: 0 bytes: it was not written or copied to its end; copy it again")
+    if is_lfs_pointer(head):
+        raise UserError(f"{file}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    try:
         environment = lmdb.open(os.fsencode(path), readonly=True, lock=False, readahead=True, max_dbs=0)
     except lmdb.Error as error:
         raise UserError(f"{file}: cannot be opened as an LMDB ({error}); copy it again") from None
@@ -198,6 +243,10 @@ def _open_checked(path: Path) -> lmdb.Environment:
         environment.close()
         raise UserError(f"{file}: cut short ({there} bytes, {needed} needed); copy it again")
     return environment
+
+
+def _text(value: bytes) -> str:
+    return value[:40].decode(errors="replace")
 
 
 class LmdbWriter:
