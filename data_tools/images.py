@@ -5,33 +5,15 @@ JPEG as in ITU-T T.81 (annex B), PNG as in the W3C's PNG specification (third ed
 
 from __future__ import annotations
 
-import io
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass
-
-from PIL import Image
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour type → bit depths
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, extended, progressive; the last two with arithmetic coding
 JPEG_LOSSLESS = {0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless or hierarchical: no common decoder reads it
 OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-
-# What Pillow's readers may raise on damaged data: they parse with struct and zlib, and check little beforehand.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
 
 
 class Refusal(Exception):  # noqa: N818
@@ -71,8 +53,13 @@ def read_header(data: bytes) -> Header:
 
 
 def check_decodes(data: bytes) -> None:
-    """Decodes the whole image, strictly. Raises Refusal if that fails."""
-    _decode(data).close()
+    """Decodes the whole image as training does. Raises Refusal if that fails."""
+    from ccd_train.data.masks import UndecodableImage, decode_rgb  # OpenCV: converting without decoding needs none
+
+    try:
+        decode_rgb(data)
+    except UndecodableImage as error:
+        raise Refusal("undecodable", str(error)) from None
 
 
 def check_mask(data: bytes, max_pixels: int, decode: bool) -> None:
@@ -84,23 +71,21 @@ def check_mask(data: bytes, max_pixels: int, decode: bool) -> None:
         if header.width * header.height > max_pixels:
             raise Refusal("mask", f"it has {header.width}×{header.height} pixels")
         if decode:
-            with _decode(data) as mask:
-                values = [value for _, value in mask.convert("L").getcolors() or []]
+            values = sorted(_values(data))
             if not (set(values) <= {0, 1} or set(values) <= {0, 255}):
-                raise Refusal("mask", f"it has values other than 0 and 1, or 0 and 255: {sorted(values)[:5]} …")
+                raise Refusal("mask", f"it has values other than 0 and 1, or 0 and 255: {values[:5]} …")
     except Refusal as refusal:
         raise Refusal("mask", f"unusable mask: {refusal}") from None
 
 
-def _decode(data: bytes) -> Image.Image:
+def _values(data: bytes) -> set[int]:
+    """The grey levels of an image, as training sees them."""
+    from ccd_train.data.masks import UndecodableImage, decode_grey
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata, or of many pixels, which were counted from the header
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-            image.load()
-    except _UNREADABLE as error:
-        raise Refusal("undecodable", f"{type(error).__name__}: {error}".replace("\n", " ")) from None
-    return image
+        return set(decode_grey(data).tobytes())
+    except UndecodableImage as error:
+        raise Refusal("undecodable", str(error)) from None
 
 
 def _png_size(data: bytes) -> tuple[int, int]:

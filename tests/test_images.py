@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ccd_train.data.masks import decode_rgb
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.shards import Corpus, read_manifest
 from data_tools import convert, verify
@@ -172,3 +173,28 @@ def test_decoding_finds_what_headers_do_not_show() -> None:
     with pytest.raises(Refusal) as refused:
         check_decodes(bytes(data))
     assert refused.value.kind == "undecodable"
+
+
+def test_decoding_is_judged_by_the_decoder_that_training_uses() -> None:
+    """Good pixels with heavy or broken metadata, which stricter decoders refuse."""
+    png = crop(1, ".png", 40, 20)
+
+    def with_chunk(name: bytes, content: bytes, checksum: int | None = None) -> bytes:
+        crc = zlib.crc32(name + content) if checksum is None else checksum
+        return png[:33] + struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc) + png[33:]
+
+    heavy = with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3 << 20)))
+    for data in (png, heavy, with_chunk(b"tEXt", b"Comment\0good", checksum=1)):
+        check_decodes(data)
+        assert decode_rgb(data).shape == (20, 40, 3)
+
+
+def test_the_reason_of_a_refusal_is_the_same_every_time() -> None:
+    broken = bytearray(crop(3, ".png", 60, 30))
+    broken[300:330] = bytes(30)
+    reasons = set()
+    for _ in range(2):
+        with pytest.raises(Refusal) as refused:
+            check_decodes(bytes(broken))
+        reasons.add(str(refused.value))
+    assert len(reasons) == 1 and "0x" not in reasons.pop()

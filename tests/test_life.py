@@ -73,6 +73,29 @@ def test_another_corpus_or_batch_is_refused_with_the_difference(tiny: Tiny, tmp_
     assert claim(tmp_path, allowed, {"corpus": "other"}, 16) == 16
 
 
+def test_facts_that_came_later_are_not_compared_and_words_stand_for_hashes(tiny: Tiny, tmp_path: Path) -> None:
+    config = small(tiny, tmp_path)
+    facts = {"corpus": "one", "corpus.content": "two", "corpus.told": "a (60), b (3)"}
+    known = identity(to_dict(config)) | {"train.global_batch_size": 8}
+    for noted, mine, difference in (
+        ({"corpus": "one"}, facts, ""),  # by an earlier version
+        (facts, facts | {"corpus.told": "elsewhere (60)"}, ""),
+        ({"corpus": "other"}, facts, r"\(corpus: other → one\)"),
+        (
+            facts,
+            facts | {"corpus": "other", "corpus.told": "a (61), b (3)"},
+            r"corpus: a \(60\), b \(3\) → a \(61\), b",
+        ),
+        (facts, facts | {"corpus.content": "other"}, r"corpus\.content: a .* → a \(60\), b \(3\), with other contents"),
+    ):
+        (tmp_path / "identity.json").write_text(json.dumps(known | noted))
+        if difference:
+            with pytest.raises(UserError, match=difference):
+                claim(tmp_path, config, mine, 8)
+        else:
+            assert claim(tmp_path, config, mine, 8) == 8
+
+
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "commit unknown\n" in environment(["node1"])

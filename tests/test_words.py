@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def content(words: Words) -> set[tuple[bytes | None, ...]]:
 
 def shares(folders: list[Path], fraction: float) -> tuple[str, set[tuple[bytes | None, ...]], Tally]:
     words, tally = words_of(*folders, fraction=fraction)
-    return words.hash, content(words), tally
+    return words.hash + words.content, content(words), tally
 
 
 def test_lmdbs_and_shards_give_the_same_words(tiny: Tiny) -> None:
@@ -86,6 +87,19 @@ def test_what_is_odd_about_labels_is_counted(tmp_path: Path) -> None:
     assert words.num_samples == 5
     assert (tally.labels, tally.empty, tally.cut, tally.unknown) == (7, 2, 1, 2)
     assert tally.characters == {"ö": 1, " ": 1}
+
+
+def test_one_label_of_many_changes_the_content(tmp_path: Path) -> None:
+    """Neither the number of records nor a sample of them shows it."""
+    write_words(tmp_path / "one", 200)
+    before = words_of(tmp_path / "one")[0]
+    assert before.told == "one (150)"
+    before.close()
+    shutil.copytree(tmp_path / "one", tmp_path / "two" / "one")
+    change(tmp_path / "one", {"label-000000099": b"corrected"})
+    after, copied = words_of(tmp_path / "one")[0], words_of(tmp_path / "two" / "one")[0]
+    assert (after.hash, after.told) == (before.hash, before.told) and after.content != before.content
+    assert copied.content == before.content
 
 
 def test_labels_ride_with_their_images(tiny: Tiny) -> None:

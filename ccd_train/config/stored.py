@@ -23,6 +23,7 @@ from ccd_train.errors import UserError
 log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
+CONTENT, TOLD = ".content", ".told"  # behind a fact's name: a closer look at the same, and the same in words
 MARKS: dict[str, type[RunConfig]] = {"recognizer": FineTuning, "distillation": Config}  # a section that only one has
 
 
@@ -75,7 +76,7 @@ def claim(run_dir: Path, config: RunConfig, facts: dict[str, str] | None, global
         mine["train.global_batch_size"] = global_batch = known["train.global_batch_size"]
     if facts is None:
         known = {name: known[name] for name in known if name in mine}
-    if found := differences(known, mine | (facts or {}), type(config)):
+    if found := _unlike(known, mine | (facts or {}), facts or {}, type(config)):
         said = ", ".join(found)
         if not config.resume.allow_change:
             raise UserError(
@@ -84,6 +85,22 @@ def claim(run_dir: Path, config: RunConfig, facts: dict[str, str] | None, global
             )
         log.info("going on with changes, as --resume.allow_change says: %s", said)  # of all ranks the first one says so
     return global_batch
+
+
+def _unlike(known: dict[str, Any], mine: dict[str, Any], facts: dict[str, str], kind: type[RunConfig]) -> list[str]:
+    """Where a run's identity is not this one. A fact that an earlier version did not note is not compared."""
+    there = {name: value for name, value in known.items() if not name.endswith(TOLD)}
+    here = {name: value for name, value in mine.items() if name in there or name not in facts}
+    return [_in_words(line, known, mine) for line in differences(there, here, kind)]
+
+
+def _in_words(difference: str, known: dict[str, Any], mine: dict[str, Any]) -> str:
+    """The same with what is behind two hashes, where both lives have noted it."""
+    name = difference.partition(":")[0]
+    told = name.removesuffix(CONTENT) + TOLD
+    if told not in known or told not in mine:
+        return difference
+    return f"{name}: {known[told]} → {mine[told]}" + (", with other contents" if known[told] == mine[told] else "")
 
 
 def _known(kind: type, values: dict[Any, Any], unknown: list[str], prefix: str) -> dict[Any, Any]:

@@ -45,9 +45,14 @@ def decode_rgb(data: bytes, upright: bool = False) -> Array:
     return _decode(data, cv2.IMREAD_COLOR_RGB if upright else DECODE_RGB)
 
 
+def decode_grey(data: bytes) -> Array:
+    """The image as uint8 [H, W]. Raises UndecodableImage."""
+    return _decode(data, cv2.IMREAD_GRAYSCALE)
+
+
 def decode_mask(data: bytes) -> Array:
     """A stored mask as uint8 0/1 [H, W]; tools of this field write text as 1 or as 255. Raises UndecodableImage."""
-    mask = _decode(data, cv2.IMREAD_GRAYSCALE)
+    mask = decode_grey(data)
     return (mask > (127 if mask.max() > 1 else 0)).astype(np.uint8)
 
 

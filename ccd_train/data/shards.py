@@ -17,7 +17,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -263,6 +263,14 @@ class Corpus:
             raise UserError(f"{', '.join(map(str, folders))}: no samples here; give shards with samples")
         left_out = sorted((corpus, shard, sorted(rows)) for (corpus, shard), rows in excluded.items())
         return cls(paths, shards, kept, _digest([[manifest.hash for manifest in manifests], left_out]))
+
+    @property
+    def told(self) -> str:
+        """`mj (8,919,273), st (100)`: the folders and their samples, in their order."""
+        samples: Counter[Path] = Counter()
+        for path, count in zip(self.paths, self.shard_samples.tolist(), strict=True):
+            samples[path.parent] += count
+        return ", ".join(f"{folder.absolute().name} ({count:,})" for folder, count in samples.items())
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard, row) of a sample."""

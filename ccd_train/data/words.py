@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,12 @@ class Words:
     """Chosen samples of several sources, one after another: what the loader reads. May be pickled and forked."""
 
     def __init__(
-        self, places: list[Place], rows: list[np.ndarray], identity: str, sources: frozenset[str] = frozenset()
+        self,
+        places: list[Place],
+        rows: list[np.ndarray],
+        identity: str,
+        content: str,
+        sources: frozenset[str] = frozenset(),
     ) -> None:
         """`rows` int64, ascending: of each place, those in use. Places without any are left out."""
         self.sources = sources
@@ -82,6 +88,13 @@ class Words:
         self.num_samples = int(self.shard_samples.sum())
         self.hash = hashlib.sha256(f"{identity} {self.num_samples}".encode()).hexdigest()
         """Identifies the words and their order; independent of where the folders are."""
+        self.content = content
+        """Changes with any label of an LMDB, of which the hash sees some records only."""
+        samples: Counter[Path] = Counter()
+        for place, count in zip(self._places, self.shard_samples.tolist(), strict=True):
+            samples[place.folder] += count
+        self.told = ", ".join(f"{folder.absolute().name} ({count:,})" for folder, count in samples.items())
+        """The folders and how many words each gives, in their order."""
 
     def read(self, shard: int, row: int, parts: Sequence[str] = ("image", "label")) -> tuple[bytes | None, ...]:
         """As in Corpus."""
@@ -111,6 +124,12 @@ class Place:
     @property
     def samples(self) -> int:
         return int(self.source.shard_samples[self.shard])
+
+    @property
+    def folder(self) -> Path:
+        """The shards' folder, or the LMDB."""
+        path = self.source.paths[self.shard]
+        return path.parent if isinstance(self.source, Corpus) else path
 
     @property
     def has_labels(self) -> bool:
@@ -169,10 +188,12 @@ def open_words(
         tally = charset.tally(look.labels(mine), length, rule)
         tally.trimmed = look.trimmed
     unlabelled: dict[int, np.ndarray] = {}
+    digests: dict[int, str] = {}
     total = Tally()
-    for other, left_out in distributed.gather_objects((tally, look.left_out)):
+    for other, left_out, hashed in distributed.gather_objects((tally, look.left_out, look.digests)):
         total.add(other)
         unlabelled |= left_out
+        digests |= hashed
     named = f"--{option} {', '.join(map(str, folders))}"
     if total.cut and total.cut == total.labels - total.empty:
         raise UserError(
@@ -180,7 +201,9 @@ def open_words(
             "raise it, --recognizer.length"
         )
     kept = [np.setdiff1d(chosen, unlabelled.get(index, ())) for index, chosen in enumerate(rows)]
-    words = Words(places, kept, " ".join(source.hash for source in sources), frozenset().union(*given))
+    content = hashlib.sha256(" ".join(digests[index] for index in sorted(digests)).encode()).hexdigest()
+    identity = " ".join(source.hash for source in sources)
+    words = Words(places, kept, identity, content, frozenset().union(*given))
     if words.num_samples == 0:
         if not any(map(len, rows)):
             raise UserError(f"{named}: none of its words fall into data.fraction = {fraction}; raise it")
@@ -199,17 +222,22 @@ class _Look:
         """Place → its rows without a label, or with one that is to be left out."""
         self.trimmed = 0
         """Labels with blanks at their ends."""
+        self.digests: dict[int, str] = {}
+        """Place in an LMDB → a hash of its labels. Those of shards are in the hash of the shards."""
 
     def labels(self, indices: Sequence[int]) -> Iterator[str]:
         """Every label of these places, the empty ones and, as empty, the missing ones too."""
         for index in indices:
             place, without = self._places[index], []
-            readable = place.has_labels
+            readable, digest = place.has_labels, hashlib.sha256()
             for row in self._rows[index].tolist():
                 label = self._label(place, row) if readable else ""
                 if not label or (self._leave_out and self._leave_out(label)):
                     without.append(row)
+                digest.update(f"{label}\0".encode())
                 yield label
+            if isinstance(place.source, Records):
+                self.digests[index] = digest.hexdigest()
             self.left_out[index] = np.array(without, np.int64)
 
     def _label(self, place: Place, row: int) -> str:

@@ -55,7 +55,8 @@ class Task(ABC):
     def open(self) -> dict[str, str]:
         """Opens the data (all ranks together). Returns the facts that tell this run from others: hashes of its data.
 
-        Raises UserError on all ranks.
+        What is behind such a fact may be said in words, under its name with TOLD: those are not compared. Raises
+        UserError on all ranks.
         """
 
     @abstractmethod

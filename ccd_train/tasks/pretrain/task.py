@@ -26,6 +26,7 @@ from ccd_train import distributed, draws
 from ccd_train.augment.geometry import warp_masks
 from ccd_train.augment.views import Augmentation
 from ccd_train.config.pretraining import Config
+from ccd_train.config.stored import TOLD
 from ccd_train.data.batches import Batch, BatchReader
 from ccd_train.data.guard import check_shards, refuse_twice
 from ccd_train.data.loader import Batches, Share, loader, sample_order
@@ -83,7 +84,7 @@ class Pretraining(Task):
         self.samples_per_epoch, self.validate_every = self.corpus.num_samples, config.probe.every_steps
         self.augmentation = Augmentation(config.augment, config.affine)
         self.center = Center(config.model.prototypes, distributed.device())
-        return {"corpus": self.corpus.hash}
+        return {"corpus": self.corpus.hash, f"corpus{TOLD}": self.corpus.told}
 
     def network(self) -> ccd.Student:
         return ccd.Student(self.config.model, self.config.train.activation_checkpointing)

@@ -23,6 +23,7 @@ from ccd_train import distributed, draws
 from ccd_train.augment.affine import Affine
 from ccd_train.augment.views import WordAugmentation, normalize
 from ccd_train.config.recognition import FineTuning
+from ccd_train.config.stored import CONTENT, TOLD
 from ccd_train.data.batches import Batch
 from ccd_train.data.charset import Tally, read_charset
 from ccd_train.data.loader import Batches, Share, loader
@@ -67,7 +68,11 @@ class Recognition(Task):
         self.samples_per_epoch, self.validate_every = self.words.num_samples, config.valid.every_steps
         self.augmentation, self.best = WordAugmentation(config.augment, Affine()), Best(config.valid)
         self.init = "/".join((config.init or Path()).parts[-2:])  # not where it lies on this machine
-        return {"corpus": self.words.hash, "valid": self.valid.hash, "charset": charset.characters}
+        return {
+            "corpus": self.words.hash, f"corpus{CONTENT}": self.words.content, f"corpus{TOLD}": self.words.told,
+            "valid": self.valid.hash, f"valid{CONTENT}": self.valid.content, f"valid{TOLD}": self.valid.told,
+            "charset": charset.characters,
+        }  # fmt: skip
 
     def refuse_empty_score(self) -> None:
         """UserError where the rule would call most of the validation words right, whatever is read."""
