@@ -47,12 +47,12 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
     settings = [*settings, "--run_dir", str(run_dir)]
     config = parse(SETTINGS[arguments.trains], settings, f"ccd-train {arguments.trains}")
     processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_settings(config, gpus=bool(arguments.gpus_per_node or arguments.gres))
+    check_settings(config, gpus=bool(arguments.gpus_per_node or arguments.gres), later=arguments.after is not None)
     facts = None
     if not arguments.dry_run:
         from launch.rehearsal import rehearse  # imports torch, which takes seconds
 
-        facts = rehearse(config)
+        facts = rehearse(config, later=arguments.after is not None)
     batch = claim(run_dir, config, facts, config.train.global_batch_size)
     check_batch(config, arguments.nodes * processes, batch)
     options: dict[str, str | None] = {

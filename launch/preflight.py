@@ -24,8 +24,11 @@ from launch.lives import newest_step
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_settings(config: Config | FineTuning, gpus: bool) -> None:
-    """Raises UserError for what no number of ranks can run, with GPUs or without."""
+def check_settings(config: Config | FineTuning, gpus: bool, later: bool) -> None:
+    """Raises UserError for what no number of ranks can run, with GPUs or without.
+
+    `later`: the job waits for another one, which will have written the weights of --init by then.
+    """
     config.check()
     assert config.run_dir is not None
     read_deepspeed_file(config.deepspeed, gpus)
@@ -38,7 +41,7 @@ def check_settings(config: Config | FineTuning, gpus: bool) -> None:
         find_words(config.probe.data if config.probe.every_steps else ())
         parameters = sum(budget.parameters(config.model).values())
     check_writable(config.run_dir)
-    check_start(config)
+    check_start(config, later)
     check_space(config, parameters)
 
 
@@ -51,7 +54,7 @@ def find_words(folders: Iterable[Path]) -> None:
             find_lmdbs(folder)
 
 
-def check_start(config: RunConfig) -> None:
+def check_start(config: RunConfig, later: bool) -> None:
     """Looks whether the run may go on, or start, as --resume.mode and --init say."""
     assert config.run_dir is not None
     step, init = newest_step(config.run_dir), config.init
@@ -59,7 +62,7 @@ def check_start(config: RunConfig) -> None:
         raise UserError(f"--resume.mode must: no complete checkpoint in {config.run_dir}; check --run_dir, or drop it")
     if step and config.resume.mode == "never":
         raise UserError(f"--resume.mode never: {config.run_dir} has a checkpoint; take another --run_dir")
-    if not (step or init in (None, SCRATCH) or init.exists()):
+    if not (step or later or init in (None, SCRATCH) or init.exists()):
         raise UserError(f"{init}: no such file or folder; give --init a run folder, an export, or an official .pth")
 
 

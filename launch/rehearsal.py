@@ -7,14 +7,15 @@ from ccd_train.tasks.choice import task_of
 from launch.lives import newest_step
 
 
-def rehearse(config: RunConfig) -> dict[str, str]:
-    """Opens the data, and tries the weights that a new run starts from; returns the facts that tell it from others.
+def rehearse(config: RunConfig, later: bool) -> dict[str, str]:
+    """Opens the data, and tries the weights that a new run starts from, unless they come `later`; returns the facts
+    that tell it from others.
 
     Raises UserError for whatever would refuse the run.
     """
     task = task_of(config)
     facts = task.open()
     assert config.run_dir is not None
-    if config.init is not None and not newest_step(config.run_dir):
+    if config.init is not None and not later and not newest_step(config.run_dir):
         task.start(task.network())
     return facts

@@ -6,6 +6,7 @@
     ccd-submit shard --src lmdbs --out shards --name mj --slices 64
     ccd-submit status runs/first
 
+`--after runs/first` starts a fine-tuning when the pretraining that it begins with has finished.
 What stands after `--` goes to `ccd-train pretrain` or `finetune`, or to `ccd-data convert`. The script of a job is
 written beside its logs, in the run folder or in OUT.slurm, where it can be read, edited and submitted by hand.
 """
@@ -13,16 +14,19 @@ written beside its logs, in the run folder or in OUT.slurm, where it can be read
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
 
-from ccd_train.errors import FINISHED, run
+from ccd_train.errors import FINISHED, UserError, run
 from ccd_train.programs import choose
 from launch.jobs import PASSED_ON, sharding, training
-from launch.lives import note
+from launch.lives import note, read_lives
 from launch.status import describe
 
+SBATCH_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+WORDED_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?")
 VERBS = {
     "pretrain": "a pretraining run",
     "finetune": "a fine-tuning run",
@@ -41,8 +45,10 @@ def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
         print(f"dry run: {DRY_RUN}", file=sys.stderr)
         return FINISHED
     numbers: list[str] = []
+    first = None if arguments.after is None else f"afterok:{newest_job(arguments.after)}"
     for _ in range(max(arguments.chain, 1)):
-        after = [f"--dependency=afterany:{numbers[-1]}", "--kill-on-invalid-dep=yes"] if numbers else []
+        before = f"afterany:{numbers[-1]}" if numbers else first
+        after = [f"--dependency={before}", "--kill-on-invalid-dep=yes"] if before else []
         numbers.append(job.submit(*after))
         note(job.folder, "submit", job=numbers[-1], requeues=0)
     folder = shlex.quote(str(job.folder))
@@ -116,12 +122,15 @@ def add_training_options(parser: argparse.ArgumentParser, trains: str, time: str
     parser.add_argument("--chain", type=positive, default=0, metavar="K", help="K jobs in a row instead of requeues")
     if trains == "pretrain":
         parser.add_argument("--doctor", action="store_true", help="first look at every node (`ccd-train doctor`)")
+    parser.add_argument(
+        "--after", metavar="RUN|JOB", help="start when this run's newest job, or this job, has finished"
+    )
     add_sbatch_options(parser, time)
 
 
 def add_sbatch_options(parser: argparse.ArgumentParser, time: str) -> None:
     """What every job has, most of it as sbatch names it."""
-    parser.add_argument("--time", default=time, help=f"limit of one life of the job ({time})")
+    parser.add_argument("--time", type=time_limit, default=time, help=f"limit of one life of the job ({time}); or 24h")
     for name in (*PASSED_ON, "job-name"):
         parser.add_argument(f"--{name}", help="as in sbatch")
     parser.add_argument("--exclusive", action="store_true", help="as in sbatch")
@@ -144,6 +153,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def time_limit(text: str) -> str:
+    """A time as sbatch takes it, for argparse: as it is, or from 90m, 24h, 2d, 1d12h."""
+    if SBATCH_TIME.fullmatch(text):
+        return text
+    found = WORDED_TIME.fullmatch(text)
+    if not text or found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 24:00:00, 1-12, 24h or 1d12h")
+    days, hours, minutes = (int(part or 0) for part in found.groups())
+    return f"{24 * days + hours + minutes // 60:02}:{minutes % 60:02}:00"
+
+
+def newest_job(after: str) -> str:
+    """The job that --after names, by its number or by its run folder. UserError if none was submitted for that."""
+    if after.isdigit():
+        return after
+    submitted = [life["job"] for life in read_lives(Path(after)) if life["event"] in ("submit", "begin")]
+    if not submitted:
+        raise UserError(f"--after {after}: no job was submitted for this folder; give a run folder or a job's number")
+    return str(submitted[-1])
+
+
 def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of ccd-submit, and what stands after `--`."""
     end = words.index("--") if "--" in words else len(words)
@@ -152,7 +182,11 @@ def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         while option in own[:-1]:
             place = own.index(option)
             own[place : place + 2] = [f"{option}={own[place + 1]}"]
-    return build_parser().parse_args(own), words[end + 1 :]
+    arguments, strange = build_parser().parse_known_args(own)
+    if strange:
+        behind = f"settings of the run go behind --: … -- {' '.join(strange)}"
+        raise UserError(f"{strange[0]}: no option of ccd-submit {words[0]}; {behind}")
+    return arguments, words[end + 1 :]
 
 
 def verb() -> int:

@@ -26,7 +26,7 @@ from launch.lives import note
 from launch.preflight import check_space
 from launch.script import array, directive, render
 from launch.status import describe
-from launch.submit import read
+from launch.submit import newest_job, read
 
 ODD = ["a b", "it's", '"so"', "$(touch executed)", "`touch executed`", "a\nb", "", "-x", "*", "\\", "ü, ;&|"]
 
@@ -294,3 +294,41 @@ def test_a_job_is_known_before_it_begins(
     note(run_dir, "begin", job="101", requeues=0, step=0, first="101", outcome=None)
     rows = [line.split()[:3] for line in describe(run_dir).splitlines()[:3]]
     assert rows == [["job", "101,", "PENDING"], ["lives", "1,", "the"], ["submitted", "job", "102,"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("24h", "24:00:00"), ("90m", "01:30:00"), ("1d12h", "36:00:00"), ("2d", "48:00:00"), ("45min", "00:45:00"),
+     ("24:00:00", "24:00:00"), ("1-12", "1-12"), ("30", "30")],
+)  # fmt: skip
+def test_a_time_may_be_written_as_people_do(given: str, meant: str) -> None:
+    assert read(["finetune", "--run_dir", "runs/x", "--time", given])[0].time == meant
+
+
+@pytest.mark.parametrize("given", ["", "h", "soon", "24 h", "1:2:3:4"])
+def test_what_is_no_time_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read(["finetune", "--run_dir", "runs/x", f"--time={given}"])
+    assert "is no time; write 24:00:00" in capsys.readouterr().err
+
+
+def test_settings_without_dashes_before_them_are_shown_their_place() -> None:
+    with pytest.raises(
+        UserError, match="no option of ccd-submit pretrain; settings of the run go behind --: … -- --config"
+    ):
+        read(["pretrain", "--run_dir", "runs/a", "--nodes", "2", "--config", "vit_small"])
+
+
+def test_a_fine_tuning_may_wait_for_its_pretraining(tiny: Tiny, tmp_path: Path) -> None:
+    """Its weights are not there yet, and nobody looks for them; the job waits for that run's newest job."""
+    waiting = tmp_path / "pretraining"
+    words = ["--run_dir", str(tmp_path / "reader"), "--gpus-per-node", "0", "--dry-run", "--after", str(waiting), "--"]
+    words += ["--config", "recognizer_nano", "--init", str(waiting), "--data.train", str(tiny.lmdb)]
+    words += ["--data.valid", str(tiny.lmdb), "--train.micro_batch_size", "8"]
+    assert submit("finetune", *words) == 0
+    with pytest.raises(UserError, match="no job was submitted for this folder"):
+        newest_job(str(waiting))
+    waiting.mkdir()
+    for job in ("41", "42"):
+        note(waiting, "submit", job=job, requeues=0)
+    assert newest_job(str(waiting)) == "42" and newest_job("17") == "17"
