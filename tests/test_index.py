@@ -210,6 +210,10 @@ def test_read_only_tars_are_indexed_elsewhere(tmp_path: Path, workers: str, monk
     monkeypatch.chdir("/")
     assert Corpus.open(out).num_samples == 40 and (read_manifest(out).name) == "tars"
     assert verify.main([str(out), "--deep", "--workers", workers]) == 0
+    (tars / "f-000.tar").rename(tars / "moved.tar")
+    with pytest.raises(UserError, match=r"f-000\.tar \(missing\)"):
+        Corpus.open(out)
+    (tars / "moved.tar").rename(tars / "f-000.tar")
     (out / "manifest.json").unlink()
     (out / "f-000.tar").unlink()
     (out / "f-000.tar").touch()

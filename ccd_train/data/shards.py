@@ -347,7 +347,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     """UserError that names shard files which are missing or have another size than the manifest says."""
     expected = {shard.file: shard.bytes for shard in manifest.shards}
     expected |= {shard.offsets_file: shard.samples * ROW.itemsize for shard in manifest.shards}
-    there = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name in expected}
+    found = (entry for entry in os.scandir(folder) if entry.name in expected and entry.is_file())  # no dead links
+    there = {entry.name: entry.stat().st_size for entry in found}
     wrong = [
         f"{name} ({'missing' if name not in there else f'{there[name]} bytes instead of {size}'})"
         for name, size in expected.items()

@@ -18,7 +18,7 @@ from ccd_train.errors import UserError
 
 LMDB_FILE = "data.mdb"  # which makes a folder an LMDB
 SHARDS_FILE = "manifest.json"  # which makes it a folder of shards
-_BESIDE_LMDB = {LMDB_FILE, "lock.mdb"}
+_BESIDE_LMDB = {LMDB_FILE, "lock.mdb", "fonts.txt"}  # the last by `ccd-data synth`
 _BESIDE_SHARDS = {SHARDS_FILE, "refused.jsonl", "sources.json"}
 _OF_SHARDS = (".tar", ".offsets")
 _NAMED = 4  # kinds of files, or folders, that are named

@@ -74,6 +74,7 @@ class Words:
         rows: list[np.ndarray],
         identity: str,
         content: str,
+        not_read: str,
         sources: frozenset[str] = frozenset(),
     ) -> None:
         """`rows` int64, ascending: of each place, those in use. Places without any are left out."""
@@ -95,6 +96,8 @@ class Words:
             samples[place.folder] += count
         self.told = ", ".join(f"{folder.absolute().name} ({count:,})" for folder, count in samples.items())
         """The folders and how many words each gives, in their order."""
+        self.not_read = not_read
+        """What lies in the folders and is neither LMDB nor shards, in words."""
 
     def read(self, shard: int, row: int, parts: Sequence[str] = ("image", "label")) -> tuple[bytes | None, ...]:
         """As in Corpus."""
@@ -178,7 +181,8 @@ def open_words(
     longer than `length` tokens, for a benchmark, and with `each_once` for a set that two of the folders hold.
     """
     with distributed.together():
-        sources, given = _open_all(folders, option)
+        not_read: list[Path] = []
+        sources, given = _open_all(folders, option, not_read)
         if each_once:
             refuse_twice(given, option)
         places = [Place(source, shard) for source in sources for shard in range(len(source.shard_samples))]
@@ -203,7 +207,7 @@ def open_words(
     kept = [np.setdiff1d(chosen, unlabelled.get(index, ())) for index, chosen in enumerate(rows)]
     content = hashlib.sha256(" ".join(digests[index] for index in sorted(digests)).encode()).hexdigest()
     identity = " ".join(source.hash for source in sources)
-    words = Words(places, kept, identity, content, frozenset().union(*given))
+    words = Words(places, kept, identity, content, count_kinds(not_read), frozenset().union(*given))
     if words.num_samples == 0:
         if not any(map(len, rows)):
             raise UserError(f"{named}: none of its words fall into data.fraction = {fraction}; raise it")
@@ -250,14 +254,15 @@ class _Look:
         return label
 
 
-def _open_all(folders: Sequence[Path], option: str) -> tuple[list[Source], list[dict[str, str]]]:
-    """The sources; and of each folder its sets, as `refuse_twice` takes them."""
+def _open_all(folders: Sequence[Path], option: str, not_read: list[Path]) -> tuple[list[Source], list[dict[str, str]]]:
+    """The sources; and of each folder its sets, as `refuse_twice` takes them. What else is there joins `not_read`."""
     opened: list[Source] = []
     doubts: list[str] = []
     given: list[dict[str, str]] = []
     for folder in folders:
         sets: dict[str, str] = {}
         tree = _look_into(folder, option)
+        not_read += tree.others
         for path in tree.shards:
             corpus = Corpus.open(path)
             more, found = check_shards(corpus, path, option)
@@ -277,12 +282,10 @@ def _open_all(folders: Sequence[Path], option: str) -> tuple[list[Source], list[
 
 
 def _look_into(folder: Path, option: str) -> Tree:
-    """Every LMDB and every folder of shards at or below a folder; what else is there is named in the log."""
+    """Every LMDB and every folder of shards at or below a folder, and what else is there."""
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError(f"--{option} {folder}: an empty folder; give LMDBs, or shards that `ccd-data convert` wrote")
     tree = look_into(folder)
     if not tree.lmdbs and not tree.shards:
         find_lmdbs(folder)  # says what is missing
-    if tree.others and distributed.rank() == 0:
-        log.info("%s %s: not read: %s", option, folder, count_kinds(tree.others))
     return tree

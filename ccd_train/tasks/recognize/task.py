@@ -119,6 +119,8 @@ class Recognition(Task):
         )
         for name, words, tally in parts:
             log.info("data.%s: %d words; %s", name, words.num_samples, tally.describe())
+            if words.not_read:
+                log.info("data.%s: not read, as it is neither LMDB nor shards: %s", name, words.not_read)
         if self.words.sources & self.valid.sources:
             log.warning("data.valid: has words of data.train; what was learnt by heart is not told from what is read")
         samples = self.config.train.total_samples
