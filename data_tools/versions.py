@@ -30,6 +30,7 @@ def facts_of(origins: Iterable[Origin]) -> Facts:
 
 
 def to_json(facts: Facts) -> bytes:
+    """As they are kept in a file."""
     return json.dumps(facts, indent=1).encode() + b"\n"
 
 

@@ -32,6 +32,7 @@ FOREIGN = {
     "exclude": "sbatch", "reservation": "sbatch", "array": "sbatch", "wrap": "sbatch", "requeue": "sbatch",
     "no-requeue": "sbatch", "signal": "sbatch", "dependency": "sbatch", "test-only": "sbatch",
     "nv": "apptainer", "bind": "apptainer", "shm-size": "docker", "logdir": "tensorboard",
+    "dereference": "tar", "hard-dereference": "tar",
 }  # fmt: skip
 
 
