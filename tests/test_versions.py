@@ -1,6 +1,6 @@
 """Run folders that earlier versions wrote: they go on, and every verb reads them.
 
-`golden/runs/DATE.tar.xz` holds a pretraining and a recogniser of 4 steps, as the version of that day left them.
+`golden/versions/DATE.tar.xz` holds a pretraining and a recogniser of 4 steps, as the version of that day left them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ccd_train.tasks.choice import task_of
 from ccd_train.training.run import begin
 from ccd_train.training.train import train
 
-RUNS = sorted((CHECKOUT / "tests/golden/runs").glob("*.tar.xz"))
+RUNS = sorted((CHECKOUT / "tests/golden/versions").glob("*.tar.xz"))
+assert RUNS, "the run folders of earlier versions are missing"
 SOURCES = {"pretraining": {"shards": "shards"}, "recognizer": {"train": "lmdb", "valid": "lmdb"}}
 
 
