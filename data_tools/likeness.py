@@ -51,28 +51,32 @@ class Index:
     """uint64 [n, 2]."""
     owners: np.ndarray
     """int64 [n], the image of each hash."""
+    first: int = 0
+    """Number of the first image."""
 
     @classmethod
-    def build(cls, digests: list[bytes], hashes: dict[int, np.ndarray]) -> Index:
-        """From all digests, and the hashes by number of image."""
+    def build(cls, digests: list[bytes], hashes: dict[int, np.ndarray], first: int = 0) -> Index:
+        """From all digests, and the hashes by number of image, the first of which is `first`."""
         return cls(
             np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
             np.array(list(hashes.values()), np.uint64).reshape(-1, 2),
             np.array(list(hashes), np.int64),
+            first,
         )
 
     @classmethod
     def load(cls, file: Path) -> Index:
         with np.load(file) as arrays:
-            return cls(arrays["digests"], arrays["hashes"], arrays["owners"])
+            return cls(arrays["digests"], arrays["hashes"], arrays["owners"], int(arrays["first"]))
 
     def save(self, file: Path) -> None:
-        np.savez(file, digests=self.digests, hashes=self.hashes, owners=self.owners)
+        np.savez(file, digests=self.digests, hashes=self.hashes, owners=self.owners, first=self.first)
 
     @cached_property
     def numbers(self) -> dict[bytes, int]:
         """Digest → number of the first image that has it."""
-        return {row.tobytes(): len(self.digests) - 1 - place for place, row in enumerate(self.digests[::-1])}
+        last = self.first + len(self.digests) - 1
+        return {row.tobytes(): last - place for place, row in enumerate(self.digests[::-1])}
 
     def nearest(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For hashes uint64 [m, 2]: the images int64 [m] that are most alike, and in how many bits they differ [m]."""

@@ -2,7 +2,7 @@
 
     ccd-data overlap DIR … --against DIR …
 
-    overlap.jsonl   one line for each such crop: its shard, row and key, what it equals, and how nearly
+    overlap.jsonl   one line for each such crop and set: its shard, row and key, what it equals, and how nearly
     exclude.jsonl   the same crops, as `--data.exclude` of the training reads them
     overlap.png     pairs that are alike but not equal, the least alike first: look before you trust the distance
 
@@ -47,7 +47,7 @@ SHOWN, COLUMNS = 60, 4  # pairs on the picture
 
 @dataclass(frozen=True)
 class Match:
-    """A training crop that an evaluation set holds."""
+    """A training crop that an evaluation set holds. A crop that two sets hold gives two matches."""
 
     shard: int
     row: int
@@ -64,7 +64,8 @@ class Job:
 
     folders: tuple[Path, ...]
     shard: int
-    index: Path
+    indexes: tuple[Path, ...]
+    """Of every evaluation set."""
     distance: int
 
 
@@ -73,12 +74,11 @@ def main(argv: list[str]) -> int:
     out: Path = options.out or options.folders[0]
     corpus = Corpus.open(options.folders)
     with tempfile.TemporaryDirectory() as scratch:
-        index, names, compared = index_sets(options.against)
-        index.save(Path(scratch) / "index.npz")
-        jobs = [
-            Job(tuple(options.folders), shard, Path(scratch) / "index.npz", options.distance)
-            for shard in range(len(corpus.shards))
-        ]
+        indexes, names, compared = index_sets(options.against)
+        files = tuple(Path(scratch) / f"{number}.npz" for number in range(len(indexes)))
+        for index, file in zip(indexes, files, strict=True):
+            index.save(file)
+        jobs = [Job(tuple(options.folders), shard, files, options.distance) for shard in range(len(corpus.shards))]
         matches, unreadable = find_matches(jobs, corpus.num_samples, options.workers)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -142,16 +142,19 @@ def evaluation_images(path: Path) -> Iterator[tuple[str, str, bytes]]:
             yield "in files", str(file), file.read_bytes()
 
 
-def index_sets(sets: Sequence[Path]) -> tuple[Index, list[str], list[Compared]]:
-    """What to look for; the name of each evaluation image; and what each set holds. UserError if one holds nothing."""
+def index_sets(sets: Sequence[Path]) -> tuple[list[Index], list[str], list[Compared]]:
+    """The index of each set; the name of each image, over all sets; and what each set holds.
+
+    UserError if one holds nothing.
+    """
     names: list[str] = []
-    digests: list[bytes] = []
-    hashes: dict[int, np.ndarray] = {}
-    compared = []
+    indexes, compared = [], []
     for path in sets:
         if not path.is_dir():
             raise UserError(f"--against {path}: no such folder")
-        seen = Compared(path)
+        seen, first = Compared(path), len(names)
+        digests: list[bytes] = []
+        hashes: dict[int, np.ndarray] = {}
         try:
             for kind, name, data in evaluation_images(path):
                 hashed = perceptual_hash(data)
@@ -168,7 +171,8 @@ def index_sets(sets: Sequence[Path]) -> tuple[Index, list[str], list[Compared]]:
             found = f"; what it holds is {count_kinds(seen.left_out)}" if seen.left_out else ""
             raise UserError(f"--against {path}: no LMDB, shards or pictures here or below{found}")
         compared.append(seen)
-    return Index.build(digests, hashes), names, compared
+        indexes.append(Index.build(digests, hashes, first))
+    return indexes, names, compared
 
 
 def find_matches(jobs: list[Job], crops: int, workers: int) -> tuple[list[Match], int]:
@@ -182,33 +186,35 @@ def find_matches(jobs: list[Job], crops: int, workers: int) -> tuple[list[Match]
         for found, failed in results:
             matches += found
             unreadable += failed
-    return sorted(matches, key=lambda match: (match.shard, match.row)), unreadable
+    return sorted(matches, key=lambda match: (match.shard, match.row, match.image)), unreadable
 
 
 def compare(job: Job, done: Report) -> tuple[list[Match], int]:
     """The matches of one shard, and how many of its crops could not be read."""
     cv2.setNumThreads(1)
-    corpus, index = _corpus(job.folders), _index(job.index)
+    corpus, indexes = _corpus(job.folders), _indexes(job.indexes)
     matches: list[Match] = []
     unreadable = 0
     samples = int(corpus.shard_samples[job.shard])
     for start in range(0, samples, CHUNK):
-        hashes: dict[int, np.ndarray] = {}
+        crops: dict[int, bytes] = {}
         for row in range(start, min(start + CHUNK, samples)):
             try:
-                data = corpus.read(job.shard, row, ("image",))[0] or b""
+                crops[row] = corpus.read(job.shard, row, ("image",))[0] or b""
             except DamagedSampleError:
                 unreadable += 1
-                continue
-            equal = index.numbers.get(digest(data))
-            if equal is not None:
-                matches.append(Match(job.shard, row, corpus.key(job.shard, row), equal, None))
-            elif (hashed := perceptual_hash(data)) is not None:
-                hashes[row] = hashed
-        nearest = index.nearest(np.array(list(hashes.values()), np.uint64).reshape(-1, 2))
-        for row, image, bits in zip(hashes, *(array.tolist() for array in nearest), strict=True):
-            if bits <= job.distance:
-                matches.append(Match(job.shard, row, corpus.key(job.shard, row), image, bits))
+        digests = {row: digest(data) for row, data in crops.items()}
+        hashed = {row: perceptual_hash(data) for row, data in crops.items()}
+        for index in indexes:
+            equal = {row: index.numbers[found] for row, found in digests.items() if found in index.numbers}
+            others = {row: bits for row, bits in hashed.items() if bits is not None and row not in equal}
+            near, differing = index.nearest(np.array(list(others.values()), np.uint64).reshape(-1, 2))
+            found = [(row, image, None) for row, image in equal.items()] + [
+                (row, image, bits)
+                for row, image, bits in zip(others, near.tolist(), differing.tolist(), strict=True)
+                if bits <= job.distance
+            ]
+            matches += [Match(job.shard, row, corpus.key(job.shard, row), image, bits) for row, image, bits in found]
         done(min(CHUNK, samples - start))
     return matches, unreadable
 
@@ -219,8 +225,8 @@ def _corpus(folders: tuple[Path, ...]) -> Corpus:
 
 
 @lru_cache(maxsize=1)
-def _index(file: Path) -> Index:
-    return Index.load(file)
+def _indexes(files: tuple[Path, ...]) -> list[Index]:
+    return [Index.load(file) for file in files]
 
 
 def write_lists(
@@ -236,7 +242,7 @@ def write_lists(
         lines.append(json.dumps(place | {"evaluation": names[match.image], "how": how}, ensure_ascii=False) + "\n")
         exclusions.append(Exclusion(hashes[path.parent], path.name, match.row, match.key))
     (out / "overlap.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_exclusions(out / "exclude.jsonl", exclusions)
+    write_exclusions(out / "exclude.jsonl", list(dict.fromkeys(exclusions)))
 
 
 def write_picture(file: Path, corpus: Corpus, matches: Sequence[Match], sets: Sequence[Path]) -> None:

@@ -104,6 +104,27 @@ def test_all_that_lies_in_a_folder_is_compared(
     assert f"{tree}: left out, as they are no pictures: 1 × .md, 1 × .png, 1 × nowhere" in printed
 
 
+def test_a_crop_in_two_sets_counts_for_both(
+    tiny: Tiny, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal bytes in both, or equal in one and encoded again in the other."""
+    second = tmp_path / "second"
+    with LmdbReader(tiny.lmdb) as reader, LmdbWriter(second) as writer:
+        writer.add(render(99, 31, ()).image)
+        for number in (*EQUAL[:4], *ENCODED[:3]):
+            writer.add(reader.image(number) or b"")
+    overlap.main([str(tiny.shards), "--against", str(evaluation), str(second), "--out", str(tmp_path / "out")])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "overlap.jsonl").read_text().splitlines()]
+    for number, of_first in ((1, "equal bytes"), (11, "bits differ")):
+        of_both = [line for line in lines if int(line["key"].rpartition("/")[2]) == number]
+        assert [line["evaluation"].rpartition(":")[0] for line in of_both] == [str(evaluation), str(second)]
+        assert of_first in of_both[0]["how"] and of_both[1]["how"] == "equal bytes"
+    printed = capsys.readouterr().out
+    assert f"{second}: 7 of 8 images are in the training data; 7 crops are equal, 0 alike" in printed
+    crops = {line["key"] for line in lines}
+    assert Corpus.open(tiny.shards, exclude=tmp_path / "out" / "exclude.jsonl").num_samples == 240 - len(crops)
+
+
 def test_several_corpora_give_one_list(tiny: Tiny, evaluation: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     convert.main(["--src", str(evaluation), "--out", str(other), "--name", "other", "--workers", "1"])
