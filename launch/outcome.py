@@ -8,11 +8,13 @@ it. The settings are checked before anything is started: what is refused costs n
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,6 +27,8 @@ from ccd_train.errors import FAILED, UNFINISHED, UserError, run
 SETTINGS: dict[str, type[Config | FineTuning]] = {"pretrain": Config, "finetune": FineTuning}
 """Of the verbs that train."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SAVING_SECONDS = 60.0  # for workers whose launcher was killed; a start of the same run waits as long
+WRITING_SECONDS = 5.0  # between the end of a life's work and its outcome
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,31 @@ def outcome_identity(run_dir: Path) -> list[int] | None:
     except OSError:
         return None
     return [status.st_ino, status.st_mtime_ns]
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a life of the run holds its folder."""
+    try:
+        with (run_dir / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no life has been here, or the file system has no locks
+        return False
+    return False
+
+
+def await_outcome(run_dir: Path, before: list[int] | None) -> None:
+    """Returns when the run's workers have said how they ended, or after a minute.
+
+    They outlive a launcher that was killed: each is told so by the system, saves, and ends.
+    """
+    limit = time.monotonic() + SAVING_SECONDS
+    while in_use(run_dir) and time.monotonic() < limit:
+        time.sleep(0.2)
+    limit = min(limit, time.monotonic() + WRITING_SECONDS)
+    while outcome_identity(run_dir) == before and time.monotonic() < limit:
+        time.sleep(0.2)
 
 
 def checked_run_dir(command: list[str]) -> Path:
@@ -85,8 +114,12 @@ def follow(command: list[str]) -> tuple[int, str]:
 
 def main(command: list[str]) -> int:
     run_dir = checked_run_dir(command)
-    before = outcome_identity(run_dir)
+    before, occupied = outcome_identity(run_dir), in_use(run_dir)
     code, told = follow(command)
+    if outcome_identity(run_dir) == before and in_use(run_dir):
+        if occupied:  # the other life is still at work: this one has met it and gave up
+            raise UserError(f"{run_dir} is in use by another process that trains; stop that, or wait for it")
+        await_outcome(run_dir, before)
     outcome = read_outcome(run_dir)
     if outcome is None or outcome_identity(run_dir) == before:
         if told:

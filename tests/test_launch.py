@@ -120,6 +120,44 @@ def test_usr1_reaches_the_workers_of_torchrun(settings: list[str], tmp_path: Pat
     assert output == ("" if ignored else "saving\n") + "the run ended with 75 (word)\n"
 
 
+ORPHAN = """
+import fcntl, json, os, pathlib, sys, time
+run_dir = pathlib.Path(sys.argv[1])
+with (run_dir / "lock").open("a") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    pathlib.Path(run_dir / "at_work").touch()
+    time.sleep(1.5)  # saves
+if len(sys.argv) > 2:
+    time.sleep(0.5)  # the lock is gone a moment before the outcome is there
+    (run_dir / "outcome.json").write_text(json.dumps({"outcome": "unfinished", "code": 75, "message": "saved"}))
+"""
+
+
+def test_workers_of_a_killed_launcher_are_waited_for(settings: list[str], tmp_path: Path) -> None:
+    """A job that ends with 3 is not started again, though its workers have saved and said 75."""
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    program = (
+        f"import os, subprocess\nsubprocess.Popen([sys.executable, {str(tmp_path / 'orphan.py')!r}, run_dir, 'x'])\n"
+        "while not (run_dir / 'at_work').exists(): time.sleep(0.05)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    result = finish(wrapped(program, *settings))
+    assert (result.returncode, result.stdout) == (75, "the run ended with 75 (unfinished)\n")
+
+
+def test_a_run_that_another_process_trains_is_refused(settings: list[str], tmp_path: Path) -> None:
+    """The launcher turns the worker's 2 into 1; that is no failure of the run."""
+    (tmp_path / "orphan.py").write_text(ORPHAN.replace("1.5", "600"))
+    with subprocess.Popen([sys.executable, str(tmp_path / "orphan.py"), settings[3]]) as other:
+        while not Path(settings[3], "at_work").exists():
+            time.sleep(0.05)
+        result = finish(wrapped("sys.exit(1)", *settings))
+        other.kill()
+    assert result.returncode == 2
+    assert (
+        result.stderr == f"error: {settings[3]} is in use by another process that trains; stop that, or wait for it\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [(["--train.micro_batch_siz", "4"], "micro_batch_siz"), (["--train.micro_batch_size", "0"], "micro_batch_size")],
