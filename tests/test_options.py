@@ -45,6 +45,16 @@ def test_command_line_over_recipe_over_defaults(tmp_path: Path) -> None:
     assert config.max_steps == 9
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it as it is behind `=`, and nobody expands it in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("run_dir: ~/runs/a\n")
+    config = read("--config=~/mine.yaml", "--data.shards=~/shards")
+    assert (config.run_dir, config.data.shards) == (tmp_path / "runs/a", (tmp_path / "shards",))
+    with pytest.raises(UserError, match=r"data.shards = ~nobody-here/x: there is no such home folder"):
+        read("--data.shards", "~nobody-here/x")
+
+
 def test_official_constants() -> None:
     """METHOD of the paper and of its implementation, in samples."""
     small = read_recipe("vit_small", Config)

@@ -127,6 +127,11 @@ def test_excluded_samples_are_gone_and_the_rest_keeps_its_order(folders: list[Pa
     assert corpus.hash != whole.hash
     with pytest.raises(UserError, match="make the list again"):
         Corpus.open(folders[1], exclude=tmp_path / "list")
+    places = [place for place in map(whole.locate, range(80)) if place[0] < 3]
+    everything = [Exclusion(hashes[0], whole.shards[shard].file, row, whole.key(shard, row)) for shard, row in places]
+    write_exclusions(tmp_path / "list", everything)
+    with pytest.raises(UserError, match=f"{tmp_path}/list: leaves out every sample of {folders[0]}; give another list"):
+        Corpus.open(folders[0], exclude=tmp_path / "list")
     (tmp_path / "list").write_text("a-000001.tar 5\n")
     with pytest.raises(UserError, match="no list of exclusions"):
         Corpus.open(folders, exclude=tmp_path / "list")

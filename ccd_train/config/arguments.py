@@ -100,12 +100,22 @@ def _one(kind: Any, word: str, where: str) -> Any:
         if word not in get_args(kind):
             raise UserError(f"{where} = {word}: must be one of {', '.join(get_args(kind))}")
         return word
-    if kind is Path and not word:
-        raise UserError(f"{where}: a path must not be empty")
+    if kind is Path:
+        return path(word, where)
     try:
         return {"True": True, "False": False}[word] if kind is bool else kind(word)
     except (ValueError, KeyError):
         raise UserError(f"{where} = {word}: must be {NAMES[kind]}") from None
+
+
+def path(word: str, where: str) -> Path:
+    """`~` is the home folder: shells leave it as it is in `--run_dir=~/runs`, and files hold it as well."""
+    if not word:
+        raise UserError(f"{where}: a path must not be empty")
+    try:
+        return Path(word).expanduser()
+    except RuntimeError:
+        raise UserError(f"{where} = {word}: there is no such home folder; write the path in full") from None
 
 
 class _Parser(argparse.ArgumentParser):

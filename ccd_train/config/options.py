@@ -73,7 +73,7 @@ def read_layers(names: Sequence[str], *kinds: type[Settings]) -> Settings:
 
 def _layers(name: str, kinds: Sequence[type]) -> list[tuple[str, Any]]:
     """The values of a recipe or file, with its name; before it the one that its key `recipe` builds on."""
-    path = Path(name)
+    path = arguments.path(name, "--config")
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"--config {name}: no such file; {_known(kinds)}")

@@ -259,6 +259,8 @@ class Corpus:
                         continue
                 paths.append(Path(folder) / shard.file)
                 shards.append(shard)
+        if not shards and excluded:
+            raise UserError(f"{exclude}: leaves out every sample of {', '.join(map(str, folders))}; give another list")
         if not shards:
             raise UserError(f"{', '.join(map(str, folders))}: no samples here; give shards with samples")
         left_out = sorted((corpus, shard, sorted(rows)) for (corpus, shard), rows in excluded.items())
