@@ -38,7 +38,10 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, D] → [B, N, D]."""
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # split before the heads move: so the backward pass writes one gradient [B, N, 3 D], and turns nothing around
+        query, key, value = (
+            part.transpose(1, 2) for part in self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, D / heads]
         return self.projection(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

@@ -158,15 +158,19 @@ class Engine:
             self._sent[names] = torch.tensor([self._indices[name] for name in names], device=distributed.device())
         return self._sent[names]
 
-    def exceed(self, norms: Tensor, largest: float) -> Tensor:
-        """1 where `clip` would change anything, else 0: float32 []."""
-        return (norms + EPS > largest).any().float()
-
     def clip(self, norms: Tensor, largest: float) -> None:
-        """Scales each parameter's gradient down to the norm `largest` (DINO's rule: each tensor by itself)."""
-        factors = (largest / (norms + EPS)).clamp(max=1.0).unbind()
-        for name, piece in self._gradients():
-            piece.mul_(factors[self._indices[name]].to(piece.device))
+        """Scales each parameter's gradient down to the norm `largest` (DINO's rule: each tensor by itself).
+
+        norms: those of `gradient_norms`, on the host.
+        """
+        factors = (largest / (norms + EPS)).clamp(max=1.0).tolist()
+        factored = [(piece, factors[self._indices[name]]) for name, piece in self._gradients()]
+        long = [(piece, factor) for piece, factor in factored if factor < 1.0]
+        if long and long[0][0].is_cuda:
+            torch._foreach_mul_([piece for piece, _ in long], [factor for _, factor in long])
+            return
+        for piece, factor in long:  # on a CPU, foreach would round the factor to bf16 first
+            piece.mul_(factor)
 
     def step(self, finite: bool) -> bool:
         """Updates the weights; False where the step was skipped, on all ranks alike: nothing has changed then."""

@@ -16,6 +16,7 @@ from ccd_train.data.loader import Batches
 from ccd_train.errors import UNFINISHED, TrainingError
 from ccd_train.models.vit import Block
 from ccd_train.training import checkpoint
+from ccd_train.training.ahead import Ahead
 from ccd_train.training.average import Average
 from ccd_train.training.engine import Engine
 from ccd_train.training.home import Home, Progress
@@ -33,7 +34,7 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 class Run(Generic[AnyTask]):
     """A run under way."""
 
-    def __init__(self, task: AnyTask, batches: Batches) -> None:
+    def __init__(self, task: AnyTask, batches: Batches | Ahead) -> None:
         """`task` is built: it has its home, engine and progress."""
         self.task, self.batches = task, batches
         self.config, self.home, self.engine, self.progress = task.config, task.home, task.engine, task.progress

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ccd_train.config.run import RunConfig
 from ccd_train.data.batches import Batch
 from ccd_train.data.loader import Batches, Share
+from ccd_train.training.ahead import Ahead
 from ccd_train.training.average import Average
 from ccd_train.training.engine import Engine
 from ccd_train.training.home import Home, Progress
@@ -74,7 +75,7 @@ class Task(ABC):
         """A second network with the same weights and parameter names: one that lags behind, or one that validates."""
 
     @abstractmethod
-    def batches(self, share: Share) -> Batches:
+    def batches(self, share: Share) -> Batches | Ahead:
         """The samples of this rank, in the order of the run."""
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:  # noqa: B027

@@ -105,12 +105,12 @@ def train_step(run: Run[Any], logged: bool) -> Step:
     norms, limit = engine.gradient_norms(), run.config.optimizer.clip_gradient or math.inf
     written = run.pending is not None and run.pending.written()
     known = torch.tensor([float(run.stop.wanted()), float(written), float(run.batches.damaged)])
-    gradient = torch.stack([norms.square().sum(), engine.exceed(norms, limit)])
-    # the one wait for the device; the totals are the same on all ranks, and so are the decisions
-    totals = distributed.all_reduce_sum(torch.cat([sums, gradient, distributed.upload(known)])).tolist()
-    *parts_total, squares, exceeding, stops, writers, damaged = totals
-    finite = all(map(math.isfinite, totals))
-    if finite and exceeding:
+    totals = distributed.all_reduce_sum(torch.cat([sums, norms.square().sum()[None], distributed.upload(known)]))
+    # the one wait for the device; what arrives is the same on all ranks, and so are the decisions
+    totals, norms = torch.cat([totals, norms]).cpu().split([len(totals), len(norms)])
+    *parts_total, squares, stops, writers, damaged = totals.tolist()
+    finite = bool(totals.isfinite().all())
+    if finite:
         engine.clip(norms, limit)
     applied = engine.step(finite)
     task.end_step(applied)

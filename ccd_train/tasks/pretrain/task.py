@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -39,6 +39,7 @@ from ccd_train.tasks.pretrain.pictures import Seen
 from ccd_train.tasks.pretrain.probe import probe, read_words
 from ccd_train.tasks.pretrain.rates import Rates, rates
 from ccd_train.tasks.pretrain.weights import CENTER, TEACHER, start_from
+from ccd_train.training.ahead import Ahead, ahead, made_of
 from ccd_train.training.average import Average
 from ccd_train.training.metrics import Alarm
 from ccd_train.training.task import Task
@@ -64,8 +65,22 @@ class Losses:
     """For a picture."""
 
 
+class Look(NamedTuple):
+    """What the networks see of a batch. All on the device."""
+
+    images_u8: Tensor
+    pseudo_mask: Tensor
+    keys: Tensor
+    """int64 [B]: of the draws."""
+    regular: Tensor
+    irregular: Tensor
+    theta: Tensor
+
+
 class Pretraining(Task):
     config: Config
+    before: tuple[Tensor, ...] = ()
+    """What a forward pass changes, as it was before the step."""
 
     # Building
 
@@ -102,12 +117,13 @@ class Pretraining(Task):
     def teacher(self) -> Average[ccd.Teacher]:
         return self.average
 
-    def batches(self, share: Share) -> Batches:
+    def batches(self, share: Share) -> Batches | Ahead:
         data = self.config.data
-        return loader(
+        batches = loader(
             self.corpus, self.order, share, workers=data.workers, mask_mode=data.mask_mode,
             max_damaged=data.max_damaged, stage=data.stage, stage_gb=data.stage_gb,
         )  # fmt: skip
+        return ahead(batches, self.look, self.config)
 
     # Each step
 
@@ -123,7 +139,9 @@ class Pretraining(Task):
         frozen = (ccd.PROTOTYPES,) if self.now.prototypes_frozen else ()
         self.engine.set_rates(self.now.lr, self.now.weight_decay, frozen)
         self.moving = [self.center.value, *self.engine.student.buffers()]  # what a forward pass changes
-        self.before = [value.clone() for value in self.moving]
+        if not self.before:
+            self.before = tuple(torch.empty_like(value) for value in self.moving)
+        torch._foreach_copy_(self.before, self.moving)
 
     def losses(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         settings, self.statistics = self.config.distillation, {}
@@ -140,15 +158,22 @@ class Pretraining(Task):
                 self.center.update(found.targets, self.now.center_momentum)
             self.seen = found.seen
 
+    def look(self, host: Batch) -> Look:
+        """A batch on the device, and its two views."""
+        keys = draws.sample_keys(self.config.seed, host.epochs, host.sample_ids)
+        device = distributed.device()
+        batch = host.to(device)
+        views = self.augmentation(batch.images_u8, host.native_size, keys)
+        keys = keys.to(device, non_blocking=True)
+        return Look(batch.images_u8, batch.pseudo_mask, keys, views.regular, views.irregular, views.theta)
+
     def losses_of(self, host: Batch) -> Losses:
         """The method: two views, student, regions, teacher, two losses."""
         config, engine, device = self.config.distillation, self.engine, distributed.device()
-        batch = host.to(device)
-        keys = draws.sample_keys(self.config.seed, host.epochs, host.sample_ids)
-        views = self.augmentation(batch.images_u8, host.native_size, keys)
-        regular, irregular = views.regular.to(engine.dtype), views.irregular.to(engine.dtype)
+        look = made_of(host, self.look)
+        regular, irregular, mask = look.regular.to(engine.dtype), look.irregular.to(engine.dtype), look.pseudo_mask
         student: ccd.StudentOutput = engine.forward(
-            regular, irregular, views.theta, batch.pseudo_mask, keys.to(device, non_blocking=True),
+            regular, irregular, look.theta, mask, look.keys,
             regions_from_student=self.now.regions_from_student, min_region_pixels=config.min_region_pixels,
         )  # fmt: skip
         targets = self.teacher.ready()(regular, irregular, student.regions)
@@ -161,10 +186,10 @@ class Pretraining(Task):
             student_temperature=config.student_temperature, teacher_temperature=config.teacher_temperature,
             pairs_global=distributed.all_reduce_sum(characters.clone()),
         )  # fmt: skip
-        masks = torch.cat([batch.pseudo_mask.bool(), warp_masks(batch.pseudo_mask, views.theta)])
+        masks = torch.cat([mask.bool(), warp_masks(mask, look.theta)])
         segmentation = segmentation_loss(student.segmentation_logits, masks)
         logits = student.segmentation_logits.detach()
-        seen = Seen(batch.images_u8, batch.pseudo_mask, regular, irregular, logits, *student.regions)
+        seen = Seen(look.images_u8, mask, regular, irregular, logits, *student.regions)
         has_regions = torch.zeros(len(logits) // 2, dtype=torch.bool, device=device)
         has_regions.index_fill_(0, student.regions.image, True)
         return Losses(distillation, segmentation, characters, targets, student.features, has_regions, seen)

@@ -36,6 +36,7 @@ from ccd_train.models.recognizer import Recognizer, recognition_loss
 from ccd_train.tasks.recognize.scoring import RULES, meaning, rules_for, same, says_nothing
 from ccd_train.tasks.recognize.start import start_from
 from ccd_train.training import schedules
+from ccd_train.training.ahead import Ahead, ahead, made_of
 from ccd_train.training.best import Best
 from ccd_train.training.task import Task
 from ccd_train.weights import recognizer
@@ -99,15 +100,16 @@ class Recognition(Task):
         second.load_state_dict(network.state_dict())
         return second
 
-    def batches(self, share: Share) -> Batches:
+    def batches(self, share: Share) -> Batches | Ahead:
         config = self.config
         self.tell_labels()
         # the smaller the share of their words, the more shards are shuffled together
         window = round(config.data.window_shards / config.data.fraction)
-        return loader(
+        batches = loader(
             self.words, Order(self.words.shard_samples, config.seed, window), share, workers=config.data.workers,
             mask_mode=None, with_labels=True, max_damaged=config.data.max_damaged,
         )  # fmt: skip
+        return ahead(batches, self.look, config)
 
     def tell_labels(self) -> None:
         """Says what is odd about the labels, in the log and in labels.json (rank 0)."""
@@ -145,13 +147,18 @@ class Recognition(Task):
         tokens = sum(int((part[:, 1:] != self.charset.padding).sum()) for part in targets)
         tokens_global = distributed.all_reduce_sum(torch.full((), float(tokens), device=device))
         for batch, target in zip(whole, targets, strict=True):
-            keys = draws.sample_keys(self.config.seed, batch.epochs, batch.sample_ids)
-            images = self.augmentation(batch.images_u8.to(device, non_blocking=True), batch.native_size, keys)
+            images, keys = made_of(batch, self.look)
             target = target.to(device, non_blocking=True)
-            logits = self.engine.forward(images.to(self.engine.dtype), target, keys.to(device, non_blocking=True))
+            logits = self.engine.forward(images.to(self.engine.dtype), target, keys)
             # the engine takes the mean over ranks and micro-batches
             loss = recognition_loss(logits, target, tokens_global / self.home.accumulation)
             yield loss, loss.detach()[None]
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The view of each image, and its draw key, on the device."""
+        keys, device = draws.sample_keys(self.config.seed, batch.epochs, batch.sample_ids), distributed.device()
+        images = self.augmentation(batch.images_u8.to(device, non_blocking=True), batch.native_size, keys)
+        return images, keys.to(device, non_blocking=True)
 
     def encode(self, batch: Batch) -> Tensor:
         """The labels of a batch as targets, int64 [B, T]."""
