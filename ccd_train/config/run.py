@@ -53,7 +53,7 @@ class Train:
     activation_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the backbone with torch.compile."""
+    """Compile the backbone, batch norms and the loss with torch.compile."""
     deterministic: bool = False
     """Bit-for-bit repeatable kernels on GPUs, at some cost. (CPUs repeat anyway.)"""
     max_bad_steps: int = 10

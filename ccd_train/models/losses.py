@@ -19,8 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ccd_train import distributed
+from ccd_train.models.fusion import fused
 
 CHUNK = 1 << 23  # elements of a [rows, P] chunk: 32 MB in float32
+CHUNK_OF_GPU = 1 << 25  # fewer launches
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -76,11 +78,8 @@ class _CrossEntropy(torch.autograd.Function):
         pairs = len(student) // 2
         for rows in _chunks(student):
             other = (torch.arange(rows.start, rows.stop, device=student.device) + pairs) % (2 * pairs)
-            target = _targets(teacher[other], center, teacher_temperature)
-            log_probability = F.log_softmax(student[rows] / student_temperature, dim=1)
-            loss -= (target * log_probability).sum()
-            if gradient is not None:
-                torch.sub(log_probability.exp_(), target, out=gradient[rows])
+            into = None if gradient is None else gradient[rows]
+            loss -= _agreement(student[rows], teacher[other], center, student_temperature, teacher_temperature, into)
         if gradient is not None:
             gradient *= scale / student_temperature
         ctx.gradient = gradient
@@ -92,6 +91,24 @@ class _CrossEntropy(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "one backward pass only: its gradient was scaled in place"
         return gradient.mul_(upstream), None, None, None, None, None
+
+
+@fused(sizes_vary=True)
+def _agreement(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Σ target · log softmax(student / temperature) over some rows; writes softmax − target to `gradient`."""
+    target = _targets(teacher, center, teacher_temperature)
+    log_probability = F.log_softmax(student / student_temperature, dim=1)
+    agreement = (target * log_probability).sum()
+    if gradient is not None:
+        torch.sub(log_probability.exp_(), target, out=gradient)
+    return agreement
 
 
 class Center:
@@ -152,6 +169,6 @@ def _targets(teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK // logits.shape[1])
+    rows = max(1, (CHUNK_OF_GPU if logits.is_cuda else CHUNK) // logits.shape[1])
     for start in range(0, len(logits), rows):
         yield slice(start, min(start + rows, len(logits)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccd_train import distributed
+from ccd_train.models.fusion import fused
 
 SPACE = (0, 2, 3)  # all but the channels of [B, C, H, W]
 
@@ -30,10 +31,8 @@ class _Normalize(torch.autograd.Function):
         loses what a mean much larger than the deviation takes up.
         """
         channels = len(shift)
-        shifted = x - _per_channel(shift)
         own_count = shift.new_full((1,), x.numel() / channels)
-        sums = torch.cat([shifted.sum(SPACE), shifted.square().sum(SPACE), own_count])
-        sums = distributed.all_reduce_sum(sums)
+        sums = distributed.all_reduce_sum(torch.cat([*_moments(x, shift), own_count]))
         count = sums[-1]
         offset = sums[:channels] / count
         variance = (sums[channels:-1] / count - offset.square()).clamp(min=0)
@@ -42,20 +41,44 @@ class _Normalize(torch.autograd.Function):
         intercept = bias - offset * slope
         ctx.save_for_backward(x, mean, scale, slope, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        y = shifted.mul_(_per_channel(slope)).add_(_per_channel(intercept))
-        return y.to(x.dtype), mean, variance, count
+        return _scaled(x, shift, slope, intercept), mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, scale, slope, count = ctx.saved_tensors
-        centered = x - _per_channel(mean)
-        gradient = gradient.float()
-        own_sums = torch.stack([gradient.sum(SPACE), (gradient * centered).sum(SPACE) * scale])
+        total, along = _gradient_moments(x, gradient, mean)
+        own_sums = torch.stack([total, along * scale])
         along_mean, along_deviation = distributed.all_reduce_sum(own_sums.clone()) / count
-        # slope · (gradient − its mean − normalised x · its mean along it)
-        into = centered.mul_(_per_channel(-slope * scale * along_deviation)).sub_(_per_channel(slope * along_mean))
-        into.addcmul_(gradient, _per_channel(slope))
-        return into.to(x.dtype), own_sums[1], own_sums[0], None, None
+        into = _gradient_of(x, gradient, mean, -slope * scale * along_deviation, slope * along_mean, slope)
+        return into, own_sums[1], own_sums[0], None, None
+
+
+@fused(sizes_vary=False)
+def _moments(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel, the sums of x − shift and of its square."""
+    shifted = x - _per_channel(shift)
+    return shifted.sum(SPACE), shifted.square().sum(SPACE)
+
+
+@fused(sizes_vary=False)
+def _scaled(x: Tensor, shift: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
+    """(x − shift) · slope + intercept, in the type of x."""
+    shifted = x - _per_channel(shift)
+    return shifted.mul_(_per_channel(slope)).add_(_per_channel(intercept)).to(x.dtype)
+
+
+@fused(sizes_vary=False)
+def _gradient_moments(x: Tensor, gradient: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel, the sums of the gradient, and of the gradient times x − mean."""
+    gradient = gradient.float()
+    return gradient.sum(SPACE), (gradient * (x - _per_channel(mean))).sum(SPACE)
+
+
+@fused(sizes_vary=False)
+def _gradient_of(x: Tensor, gradient: Tensor, mean: Tensor, along: Tensor, level: Tensor, slope: Tensor) -> Tensor:
+    """slope · (gradient − its mean − normalised x · its mean along it), in the type of x."""
+    into = (x - _per_channel(mean)).mul_(_per_channel(along)).sub_(_per_channel(level))
+    return into.addcmul_(gradient.float(), _per_channel(slope)).to(x.dtype)
 
 
 def _per_channel(values: Tensor) -> Tensor:

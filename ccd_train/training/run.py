@@ -14,6 +14,7 @@ from ccd_train import distributed
 from ccd_train.config.options import to_dict
 from ccd_train.data.loader import Batches
 from ccd_train.errors import UNFINISHED, TrainingError
+from ccd_train.models.fusion import compile_all
 from ccd_train.models.vit import Block
 from ccd_train.training import checkpoint
 from ccd_train.training.ahead import Ahead
@@ -155,6 +156,7 @@ def begin(task: AnyTask) -> Run[AnyTask]:
         with distributed.together():
             task.start(network)
     second = task.copy(network)
+    compile_all(config.train.compile)
     if config.train.compile:
         for block in (part for part in (*network.modules(), *second.modules()) if isinstance(part, Block)):
             block.compile()  # in place: names stay

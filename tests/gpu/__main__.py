@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -40,13 +41,19 @@ def machine() -> dict[str, Any]:
 
 
 def render(out: Path, words: int) -> subprocess.Popen[bytes]:
-    """Starts rendering the words of `learn` on the cores that the other parts leave idle."""
+    """Starts rendering the words of `learn`, in a process group, on the cores that `right` leaves idle."""
     with (out / "words.log").open("wb") as log:
         return subprocess.Popen(
             ["nice", "-n", "15", sys.executable, str(HERE / "words.py"), str(out / "words"), str(words)],
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
+
+
+def tell(rendering: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if rendering.poll() is None:
+        os.killpg(rendering.pid, number)
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
@@ -114,10 +121,15 @@ def main() -> int:
     rendering, parts, began = render(out, REHEARSED_WORDS if options.rehearse else WORDS), {}, time.time()
     last = PARTS[options.parts[-1]]
     for name in options.parts:
+        if name == "fast":  # what is timed has the machine for itself
+            while not (out / "words" / "few").exists() and rendering.poll() is None:
+                time.sleep(0.2)
+            tell(rendering, signal.SIGSTOP)
         parts[name] = run_part(name, out, began + (end - began) * PARTS[name] / last, options.rehearse)
+        tell(rendering, signal.SIGCONT)
         write(out, facts, parts)
         print(f"{name}: {parts[name]}", flush=True)
-    rendering.kill()
+    tell(rendering, signal.SIGKILL)
     print((out / "gpu.md").read_text())
     for name, outcome in parts.items():
         if not outcome.startswith("held"):

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,33 @@ from ccd_train.config.pretraining import Config
 from ccd_train.data.batches import Batch
 from ccd_train.models import budget, ccd, regions
 from ccd_train.tasks.pretrain.task import Pretraining
+from ccd_train.training.ahead import ahead
 from ccd_train.training.run import Run, begin
 from ccd_train.training.train import train_step
 
 WARM, TIMED, FED = 4, 12, 30
+OPERATORS = 60  # that take most of the device's time, with the shapes of their inputs
 COMPILE_SECONDS = 75  # that must be left for a compiled row
 
 
 class Fixed(Iterator[Batch]):
-    """The same batch again and again, in the place of the loader."""
+    """The same batch again and again, in the place of the loader; its views are made each time."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self.damaged = batch, 0
+        self.batch, self.damaged = Batch(**{one.name: getattr(batch, one.name) for one in fields(Batch)}), 0
 
     def __next__(self) -> Batch:
         return self.batch
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def fix(run: Run[Pretraining]) -> Any:
+    """Gives the run its next batch for ever; returns the batches that it had."""
+    before = run.batches
+    run.batches = ahead(Fixed(next(before)), run.task.look, run.config)  # type: ignore[arg-type]
+    return before
 
 
 class Phases:
@@ -159,7 +168,7 @@ def speed(part: Part, recipe: str, batch: int, compiled: bool, rate: float, deep
     """A row of images/s with a fixed batch."""
     config = settings(part, recipe, batch, deepspeed, compile=compiled)
     with running(config) as run:
-        run.batches = Fixed(next(run.batches))  # type: ignore[assignment]
+        fix(run).close()
         seconds_of(run, 1 if part.rehearse else WARM)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -194,7 +203,6 @@ def anatomy(part: Part, recipe: str, batch: int, compiled: bool) -> None:
     config = settings(part, recipe, batch, "zero1_bf16", compile=compiled)
     recipe = f"{recipe}{', compiled' * compiled}"
     with running(config) as run:
-        fed = run.batches
         for _ in range(2 if part.rehearse else WARM):
             train_step(run, logged=False)
         wait_for_device()
@@ -206,7 +214,7 @@ def anatomy(part: Part, recipe: str, batch: int, compiled: bool) -> None:
         took = time.perf_counter() - began
         part.add("fed by the loader", recipe=recipe, batch=batch, workers=run.config.data.workers,
                  images_per_second=steps * batch / took, data_wait=waited / took)  # fmt: skip
-        run.batches = Fixed(next(run.batches))  # type: ignore[assignment]
+        fed = fix(run)
         plain = seconds_of(run, 3 if part.rehearse else TIMED)
         began = time.perf_counter()
         train_step(run, logged=True)
@@ -223,16 +231,17 @@ def anatomy(part: Part, recipe: str, batch: int, compiled: bool) -> None:
         for _ in range(2 if part.rehearse else 8):
             train_step(run, logged=False)
         part.add("milliseconds by phase", recipe=recipe, batch=batch, **phases.milliseconds(), step=plain * 1e3)
-        run.batches = fed
+        fed.close()
 
 
 def launches(part: Part, run: Run[Pretraining], recipe: str, batch: int) -> None:
     """Kernels that one step launches, and where the host waits for the device."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with torch.profiler.profile(activities=kinds) as profiler:
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profiler:
         train_step(run, logged=False)
         wait_for_device()
+    profiler.export_chrome_trace(str(part.out / f"step_{recipe.replace(', ', '_')}.json.gz"))  # for ui.perfetto.dev
     with warnings.catch_warnings(record=True) as places:
         warnings.simplefilter("always")
         with awaited():
@@ -250,6 +259,11 @@ def launches(part: Part, run: Run[Pretraining], recipe: str, batch: int) -> None
              ms=total / 1e3)  # fmt: skip
     for event in sorted(ran, key=lambda event: -event.self_device_time_total)[:20]:
         part.add("kernels by time", recipe=recipe, batch=batch, name=event.key[:90].replace("|", "/"),
+                 calls=event.count, ms=event.self_device_time_total / 1e3)  # fmt: skip
+    by_shape = [one for one in profiler.key_averages(group_by_input_shape=True) if one.self_device_time_total > 0]
+    for event in sorted(by_shape, key=lambda event: -event.self_device_time_total)[:OPERATORS]:
+        name, shapes = event.key[:60].replace("|", "/"), str(event.input_shapes)[:120]
+        part.add("operators by time", recipe=recipe, batch=batch, name=name, shapes=shapes,
                  calls=event.count, ms=event.self_device_time_total / 1e3)  # fmt: skip
 
 
@@ -304,10 +318,10 @@ def main() -> int:
     jobs: list[tuple[float, Callable[[], None]]] = [
         (10, lambda: speed(part, small, usual, False, rate)),
         (15, lambda: anatomy(part, small, usual, False)),
+        (COMPILE_SECONDS, lambda: anatomy(part, small, usual, True)),
         (10, lambda: speed(part, small, least, False, rate)),
         (10, official),
         (COMPILE_SECONDS, lambda: speed(part, small, usual, True, rate)),
-        (COMPILE_SECONDS, lambda: anatomy(part, small, usual, True)),
         (10, lambda: speed(part, small, most, False, rate)),
         (10, lambda: speed(part, tiny, usual, False, rate)),
         (10, lambda: speed(part, base, usual, False, rate)),
