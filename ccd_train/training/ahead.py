@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +20,12 @@ from ccd_train.config.run import RunConfig
 from ccd_train.data.batches import Batch
 from ccd_train.data.loader import Batches
 
-Made = TypeVar("Made", bound=tuple[Tensor, ...])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Batch):
     """A batch on the host, with what was made of it on the device."""
 
-    made: Any
+    made: tuple[Tensor, ...]
 
 
 class Ahead(Iterator[Prepared]):
@@ -42,7 +39,7 @@ class Ahead(Iterator[Prepared]):
         self._batches, self._make = batches, make
         self._stream = torch.cuda.Stream(distributed.device()) if torch.cuda.is_available() else None
         self._thread = ThreadPoolExecutor(1, "ahead")
-        self._coming: Future[tuple[Prepared, Any] | None] = self._thread.submit(self._prepare)
+        self._coming: Future[tuple[Prepared, Any] | None] = self._thread.submit(self._prepare, None)
         self.damaged = 0
         """Samples replaced in the batches that were taken, by this rank."""
 
@@ -50,13 +47,17 @@ class Ahead(Iterator[Prepared]):
         found = self._coming.result()
         if found is None:
             raise StopIteration
-        self._coming = self._thread.submit(self._prepare)
-        prepared, event = found
-        if event is not None:
-            now = torch.cuda.current_stream()
-            now.wait_event(event)
-            for tensor in prepared.made:
-                tensor.record_stream(now)  # its memory is not given out again before this stream is done with it
+        prepared, ready = found
+        copied = None
+        if self._stream is not None:
+            # Copies belong to this stream, whoever keeps them for how long. The memory of what was copied goes back to
+            # the thread's, which waits for the copies before it uses that again. (`record_stream` would save them; but
+            # a worker process that is forked meanwhile would die of such a tensor: it has no CUDA.)
+            torch.cuda.current_stream().wait_event(ready)
+            prepared = replace(prepared, made=tuple(tensor.clone() for tensor in prepared.made))
+            copied = torch.cuda.current_stream().record_event()
+        del found
+        self._coming = self._thread.submit(self._prepare, copied)
         self.damaged += len(prepared.replaced)
         return prepared
 
@@ -65,15 +66,17 @@ class Ahead(Iterator[Prepared]):
         self._thread.shutdown(cancel_futures=True)
         self._batches.close()
 
-    def _prepare(self) -> tuple[Prepared, Any] | None:
+    def _prepare(self, copied: Any) -> tuple[Prepared, Any] | None:
         """The next batch, and the event after which the device has all of it; None after the last one."""
         batch = next(self._batches, None)
         if batch is None:
             return None
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):  # sets the device as well
-            made = self._make(batch)
-            event = None if self._stream is None else self._stream.record_event()
-        return Prepared(**vars(batch), made=made), event
+        if self._stream is None:
+            return Prepared(**vars(batch), made=self._make(batch)), None
+        with torch.cuda.stream(self._stream):  # sets the device as well
+            if copied is not None:
+                self._stream.wait_event(copied)
+            return Prepared(**vars(batch), made=self._make(batch)), self._stream.record_event()
 
 
 def ahead(batches: Batches, make: Callable[[Batch], tuple[Tensor, ...]], config: RunConfig) -> Batches | Ahead:
@@ -85,6 +88,6 @@ def ahead(batches: Batches, make: Callable[[Batch], tuple[Tensor, ...]], config:
     return Ahead(batches, make) if pays else batches
 
 
-def made_of(batch: Batch, make: Callable[[Batch], Made]) -> Made:
+def made_of(batch: Batch, make: Callable[[Batch], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What was made of the batch ahead, or what is made of it now."""
     return batch.made if isinstance(batch, Prepared) else make(batch)

@@ -170,7 +170,7 @@ class Pretraining(Task):
     def losses_of(self, host: Batch) -> Losses:
         """The method: two views, student, regions, teacher, two losses."""
         config, engine, device = self.config.distillation, self.engine, distributed.device()
-        look = made_of(host, self.look)
+        look = Look(*made_of(host, self.look))
         regular, irregular, mask = look.regular.to(engine.dtype), look.irregular.to(engine.dtype), look.pseudo_mask
         student: ccd.StudentOutput = engine.forward(
             regular, irregular, look.theta, mask, look.keys,
