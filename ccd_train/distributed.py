@@ -54,7 +54,7 @@ def device() -> torch.device:
 def upload(table: Tensor, to: torch.device | None = None) -> Tensor:
     """A tensor of the host on a device, by default this rank's, without waiting for what the device is doing."""
     to = to or device()
-    return table.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else table
+    return table if to.type == "cpu" else table.pin_memory().to(to, non_blocking=True)
 
 
 def end_with_launcher() -> None:

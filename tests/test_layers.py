@@ -30,7 +30,7 @@ RANK_VARIABLES = {
 }  # fmt: skip
 
 FLOORS = (
-    {"errors", "programs", "files", "durations", "draws", "distributed"},
+    {"errors", "programs", "files", "durations", "draws", "distributed", "gpu"},
     {"config", "drawing", "augment"},
     {"data", "models"},
     {"weights"},

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ccd_train import draws
 from ccd_train.config.pretraining import Model
+from ccd_train.gpu.replay import Replayed
 from ccd_train.models.heads import ProjectionHead, SegmentationHead
 from ccd_train.models.regions import MIN_PIXELS, label_regions, pool, warp_regions
 from ccd_train.models.vit import build_backbone
@@ -114,12 +115,12 @@ class Teacher(nn.Module):
         self.projection = _projection(model)
         self.requires_grad_(False)
         self.eval()
+        self._tokens = Replayed(lambda images: self.vit(images)[0], "teacher")
 
     @torch.no_grad()
     def forward(self, regular: Tensor, irregular: Tensor, regions: Regions) -> Tensor:
         """Logits float32 [2M, P] of the student's characters: in the regular view, then in the irregular one."""
-        tokens, _ = self.vit(torch.cat([regular, irregular]))
-        features, _ = pool(tokens, regions.ids)
+        features, _ = pool(self._tokens(torch.cat([regular, irregular])), regions.ids)
         return self.projection(_rows(features, regions))  # type: ignore[no-any-return]
 
 

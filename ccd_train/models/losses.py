@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ccd_train import distributed
-from ccd_train.models.fusion import fused
+from ccd_train.gpu.fusion import fused
 
 CHUNK = 1 << 23  # elements of a [rows, P] chunk: 32 MB in float32
 CHUNK_OF_GPU = 1 << 25  # fewer launches

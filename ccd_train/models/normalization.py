@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccd_train import distributed
-from ccd_train.models.fusion import fused
+from ccd_train.gpu.fusion import fused
 
 SPACE = (0, 2, 3)  # all but the channels of [B, C, H, W]
 

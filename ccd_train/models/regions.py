@@ -8,11 +8,14 @@ of ids [B, H, W] (0 background, 1…K from left to right), never as K masks. Not
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ccd_train.augment.geometry import WARPED, sampling_grid
+from ccd_train.gpu.replay import Replayed
 
 SLOTS = 26
 MIN_PIXELS = 30  # the official smallest region
@@ -26,6 +29,15 @@ def label_regions(masks: Tensor, min_pixels: int = MIN_PIXELS) -> Tensor:
     pixel in reading order; of more than K the leftmost K stay. (The official code takes the first K in reading order
     and then sorts those.)
     """
+    return _labelling(min_pixels)(masks)
+
+
+@cache
+def _labelling(min_pixels: int) -> Replayed:
+    return Replayed(lambda masks: _labelled(masks, min_pixels), "regions")
+
+
+def _labelled(masks: Tensor, min_pixels: int) -> Tensor:
     batch, height, width = masks.shape
     pixels = height * width
     assert pixels <= 1 << 13, "the sort keys below are exact up to 8,192 pixels"

@@ -14,7 +14,7 @@ from ccd_train import distributed
 from ccd_train.config.options import to_dict
 from ccd_train.data.loader import Batches
 from ccd_train.errors import UNFINISHED, TrainingError
-from ccd_train.models.fusion import compile_all
+from ccd_train.gpu.fusion import compile_all
 from ccd_train.models.vit import Block
 from ccd_train.training import checkpoint
 from ccd_train.training.ahead import Ahead

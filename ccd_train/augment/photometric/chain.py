@@ -18,6 +18,9 @@ from ccd_train import distributed
 from ccd_train.augment.photometric import blur, clahe, color, contrast, filters, jpeg, noise, weather
 from ccd_train.augment.severities import RANGES, WHOLE, Chain, Group
 from ccd_train.draws import field, mix, operation_word, uniform
+from ccd_train.gpu.replay import Replayed
+
+BLOCK = 16  # on a GPU an operation works on whole multiples of so many images, so that few shapes are recorded
 
 Operation = Callable[..., Tensor]
 OPERATIONS: dict[str, Operation] = {
@@ -79,6 +82,16 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
+def _replayed(operation: Operation) -> Replayed:
+    """On images [n, 3, H, W], seeds [n] and parameters [n, columns]."""
+    return Replayed(
+        lambda images, seeds, columns: operation(images, seeds, *columns[:, :, None, None, None].unbind(1)), "views"
+    )
+
+
+REPLAYED = {name: _replayed(operation) for name, operation in OPERATIONS.items()}
+
+
 def parameters(operation: str) -> list[str]:
     """The names of what an operation draws per image."""
     return list(inspect.signature(OPERATIONS[operation]).parameters)[2:]
@@ -98,17 +111,17 @@ class Slice:
 class ChainStage:
     """One group of a chain for one batch of N images, on the host."""
 
-    order: Tensor  # int64 [N]: which image stands where; those that draw nothing stand last
-    seeds: Tensor  # int64 [N], in that order: what draws per pixel are made from
-    parameters: Tensor  # float32 [N, columns], in that order
+    order: Tensor  # int64 [M]: which image stands where; those that draw nothing stand last
+    places: Tensor  # int64 [N]: where each image stands; what stands elsewhere are copies that fill up a block
+    seeds: Tensor  # int64 [M], in that order: what draws per pixel are made from
+    parameters: Tensor  # float32 [M, columns], in that order
     slices: list[Slice]
 
     def apply(self, images: Tensor, seeds: Tensor, columns: Tensor) -> None:
-        """Changes images [N, 3, H, W] in place; they, seeds [N] and parameters [N, columns] stand in the order."""
+        """Changes images [M, 3, H, W] in place; they, seeds [M] and parameters [M, columns] stand in the order."""
         for part in self.slices:
             rows = slice(part.start, part.stop)
-            values = columns[rows, : part.parameters, None, None, None].unbind(1)
-            result = OPERATIONS[part.operation](images[rows], seeds[rows], *values)
+            result = REPLAYED[part.operation](images[rows], seeds[rows], columns[rows, : part.parameters])
             if result.data_ptr() != images[rows].data_ptr():
                 images[rows] = result
         if self.slices:
@@ -136,24 +149,27 @@ class Table:
                     self.low[place], self.span[place], self.whole[place] = low, high - low, name in WHOLE
         self.span += self.whole  # both ends are possible: the floor of a draw from [low, high + 1)
 
-    def stage(self, keys: Tensor, skip: Tensor) -> ChainStage:
-        """What images with these keys [N] draw; none where skip [N]."""
+    def stage(self, keys: Tensor, skip: Tensor, block: int = 1) -> ChainStage:
+        """What images with these keys [N] draw; none where skip [N]. Operations take multiples of `block` images."""
         draws = field(keys, self.name, 2 + self.low.shape[1])
         chosen = torch.bucketize(draws[:, 1].double(), self.bounds[:-1], right=True)
         none = skip | (draws[:, 0] >= self.probability)
         chosen = chosen.masked_fill(none, len(self.operations))
-        order = chosen.argsort(stable=True)
         drawn = torch.addcmul(self.low[chosen], self.span[chosen], draws[:, 2:])
         drawn = torch.where(self.whole[chosen], drawn.floor(), drawn)
-        stops = chosen.bincount(minlength=len(self.operations)).cumsum(0).tolist()
-        starts = [0, *stops]
-        slices = [
-            Slice(operation, start, stop, count)
-            for operation, start, stop, count in zip(self.operations, starts, stops, self.counts, strict=False)
-            if stop > start
-        ]
         seeds = mix(keys, self.words[chosen])
-        return ChainStage(order, seeds[order], drawn[order], slices)
+        members = chosen.argsort(stable=True).split(chosen.bincount(minlength=len(self.operations) + 1).tolist())
+        order, slices, start = [], [], 0
+        for operation, count, images in zip(self.operations, self.counts, members, strict=False):
+            if len(images):
+                whole = torch.cat([images, images[-1:].expand(-len(images) % block)])
+                order.append(whole)
+                slices.append(Slice(operation, start, start + len(whole), count))
+                start += len(whole)
+        rows = torch.cat([*order, members[-1]])
+        places = torch.empty_like(keys)
+        places[rows] = torch.arange(len(rows))  # of an image and its copies any will do
+        return ChainStage(rows, places, seeds[rows], drawn[rows], slices)
 
 
 class Runner:
@@ -169,18 +185,23 @@ class Runner:
         Images with skip [N] (on the host) keep out of it, besides those that draw the identity.
         """
         skip = skip | (uniform(keys, "identity") < self.identity)
-        stages = [table.stage(keys, skip) for table in self.tables]
+        block = 1 if images_u8.device.type == "cpu" else BLOCK
+        stages = [table.stage(keys, skip, block) for table in self.tables]
         moves, places = [], torch.arange(len(keys))  # places[i]: where image i stands
         for stage in stages:
             moves.append(places[stage.order])
-            places = stage.order.argsort()
-        indices = distributed.upload(
-            torch.stack([*moves, *(stage.seeds for stage in stages), places]), images_u8.device
-        )
-        columns = distributed.upload(torch.cat([stage.parameters for stage in stages], dim=1), images_u8.device)
+            places = stage.places
+        indices = _uploaded([*moves, *(stage.seeds for stage in stages), places], images_u8.device)
+        columns = _uploaded([stage.parameters for stage in stages], images_u8.device)
         images = images_u8.float()
         for number, stage in enumerate(stages):
             images = images.index_select(0, indices[number])
-            stage.apply(images, indices[len(stages) + number], columns[:, : stage.parameters.shape[1]])
-            columns = columns[:, stage.parameters.shape[1] :]
+            stage.apply(images, indices[len(stages) + number], columns[number])
         return images.index_select(0, indices[-1])
+
+
+def _uploaded(tables: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one type on the device, sent together."""
+    whole = distributed.upload(torch.cat([table.flatten() for table in tables]), device)
+    parts = whole.split([table.numel() for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
