@@ -25,20 +25,21 @@ class Recording:
 
 
 class Replayed:
-    """A function of tensors that returns one, recorded once for every shape that it meets on a GPU.
+    """A function of tensors that returns one, recorded for every shape that it meets on a GPU, and for every stream.
 
-    It must not wait for the device, nor depend on anything but its arguments. Its result is overwritten by whatever of
-    the same `memory` is replayed next, so what shares one must belong to one thread.
+    It must not wait for the device, nor depend on anything but its arguments. Read its result before anything else is
+    replayed on the same stream: that may overwrite it. Threads need streams of their own.
     """
 
-    def __init__(self, function: Callable[..., Tensor], memory: str) -> None:
-        self._function, self._memory = function, memory
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
         self._recordings: dict[tuple[Any, ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not inputs[0].is_cuda:
             return self._function(*inputs)
-        key = tuple((tuple(one.shape), one.dtype, one.device) for one in inputs)
+        stream = torch.cuda.current_stream(inputs[0].device)
+        key = (stream, *((tuple(one.shape), one.dtype) for one in inputs))
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(inputs)
@@ -49,21 +50,22 @@ class Replayed:
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         static = tuple(one.clone() for one in inputs)
         self._function(*(one.clone() for one in inputs))  # what it makes once and keeps must not be made in a graph
-        stream, pool = _place(self._memory, inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream())
+        now = torch.cuda.current_stream(inputs[0].device)
+        aside, pool = _place(now)
+        aside.wait_stream(now)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(aside):
             # Other threads go on launching. `torch.cuda.graph` would wait for them and empty the allocator's cache.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 result = self._function(*static)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        now.wait_stream(aside)
         return Recording(static, graph, result)
 
 
 @cache
-def _place(memory: str, device: torch.device) -> tuple[Any, Any]:
-    """The stream on which graphs of this memory are recorded, and its handle."""
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+def _place(stream: Any) -> tuple[Any, Any]:
+    """Where graphs for a stream are recorded, and the memory that they share: work on one stream does not overlap."""
+    return torch.cuda.Stream(stream.device), torch.cuda.graph_pool_handle()

@@ -115,7 +115,7 @@ class Teacher(nn.Module):
         self.projection = _projection(model)
         self.requires_grad_(False)
         self.eval()
-        self._tokens = Replayed(lambda images: self.vit(images)[0], "teacher")
+        self._tokens = Replayed(lambda images: self.vit(images)[0])
 
     @torch.no_grad()
     def forward(self, regular: Tensor, irregular: Tensor, regions: Regions) -> Tensor:

@@ -34,7 +34,7 @@ def label_regions(masks: Tensor, min_pixels: int = MIN_PIXELS) -> Tensor:
 
 @cache
 def _labelling(min_pixels: int) -> Replayed:
-    return Replayed(lambda masks: _labelled(masks, min_pixels), "regions")
+    return Replayed(lambda masks: _labelled(masks, min_pixels))
 
 
 def _labelled(masks: Tensor, min_pixels: int) -> Tensor:

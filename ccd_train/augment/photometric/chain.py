@@ -84,9 +84,7 @@ OPERATIONS: dict[str, Operation] = {
 
 def _replayed(operation: Operation) -> Replayed:
     """On images [n, 3, H, W], seeds [n] and parameters [n, columns]."""
-    return Replayed(
-        lambda images, seeds, columns: operation(images, seeds, *columns[:, :, None, None, None].unbind(1)), "views"
-    )
+    return Replayed(lambda images, seeds, columns: operation(images, seeds, *columns[:, :, None, None, None].unbind(1)))
 
 
 REPLAYED = {name: _replayed(operation) for name, operation in OPERATIONS.items()}
