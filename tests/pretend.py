@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,6 +97,32 @@ class OnHost(torch.autocast):
         super().__init__("cpu" if device_type == DEVICE.type else device_type, *arguments, **named)
 
 
+class OneKernel(torch.autograd.Function):
+    """Attention, which on a GPU is one kernel forward and three backward; on this device torch would take it apart."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, named: dict[str, Any]) -> Any:
+        ctx.operands, ctx.named = [one.inner.detach() for one in (query, key, value)], tree_map(_inner, named)
+        with Pretended.still(launches=1):
+            return up(attention(*ctx.operands, **ctx.named))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        with Pretended.still(launches=3), torch.enable_grad():
+            operands = [one.requires_grad_() for one in ctx.operands]
+            mixed = attention(*operands, **ctx.named)
+            return *map(up, torch.autograd.grad(mixed, operands, gradient.inner)), None
+
+
+attention = torch.nn.functional.scaled_dot_product_attention
+
+
+def one_kernel(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+    if isinstance(query, Remote):
+        return OneKernel.apply(query, key, value, named)  # type: ignore[no-any-return]
+    return attention(query, key, value, **named)
+
+
 class Pretended(TorchDispatchMode):
     """While it is entered, tensors of the device can be worked with, and what that takes is counted."""
 
@@ -114,8 +141,24 @@ class Pretended(TorchDispatchMode):
             mock.patch.object(Replayed, "__call__", lambda replayed, *inputs: self._replay(replayed, inputs)),
             mock.patch.object(torch, "tensor", self._tensor(torch.tensor)),
             mock.patch.object(torch, "autocast", OnHost),
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", one_kernel),
             mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *_: tensor),
         ]
+
+    @classmethod
+    @contextmanager
+    def still(cls, launches: int) -> Iterator[None]:
+        """So many launches, whatever is done within."""
+        device = cls.now
+        assert device is not None
+        before = device._within
+        if not before:
+            device.launches[device.phase, place(), "whole"] += launches
+        device._within = True
+        try:
+            yield
+        finally:
+            device._within = before
 
     def __enter__(self) -> Pretended:
         for patch in self._patches:
@@ -167,14 +210,12 @@ class Pretended(TorchDispatchMode):
         """A graph is one launch, and a copy into each of its inputs; what it waits for, it must not."""
         if not isinstance(inputs[0], Remote):
             return replayed._function(*inputs)
-        self.launches[self.phase, place(), "graph"] += 1 + len(inputs)
-        self._within = True
-        if replayed not in self._met:  # as when it is recorded: what is made once and kept
-            self._met.add(replayed)
-            replayed._function(*(one.clone() for one in inputs))
-        waits = self.waits.copy()
-        result = replayed._function(*inputs)
-        self._within = False
+        with Pretended.still(launches=1 + len(inputs)):
+            if replayed not in self._met:  # as when it is recorded: what is made once and kept
+                self._met.add(replayed)
+                replayed._function(*(one.clone() for one in inputs))
+            waits = self.waits.copy()
+            result = replayed._function(*(one.clone() for one in inputs))
         assert self.waits == waits, f"{place()}: waits within a graph: {self.waits - waits}"
         return result
 

@@ -169,6 +169,6 @@ def _targets(teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    rows = max(1, (CHUNK_OF_GPU if logits.is_cuda else CHUNK) // logits.shape[1])
+    rows = max(1, (CHUNK if logits.device.type == "cpu" else CHUNK_OF_GPU) // logits.shape[1])
     for start in range(0, len(logits), rows):
         yield slice(start, min(start + rows, len(logits)))

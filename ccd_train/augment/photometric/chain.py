@@ -120,7 +120,8 @@ class ChainStage:
         for part in self.slices:
             rows = slice(part.start, part.stop)
             result = REPLAYED[part.operation](images[rows], seeds[rows], columns[rows, : part.parameters])
-            if result.data_ptr() != images[rows].data_ptr():
+            in_place = images.device.type == "cpu" and result.data_ptr() == images[rows].data_ptr()
+            if not in_place:
                 images[rows] = result
         if self.slices:
             images[: self.slices[-1].stop].clamp_(0, 255).round_()
