@@ -39,7 +39,7 @@ FLOORS = (
     {"reports"},
     {"commands"},
 )
-TASKS = ({"pretrain"}, {"recognize"}, {"choice"})  # in order: a later one may build on an earlier one
+TASKS = ({"pretrain"}, {"recognize"}, {"pixels"}, {"choice"})  # in order: a later one may build on an earlier one
 BESIDE_THE_ROOMS, LINES, FUNCTION_LINES = 8, 400, 60
 # what DeepSpeed calls of `training.library.Files`
 CALLED_BY_LIBRARIES = {"create", "makedirs", "is_data_parallel_writer", "is_decoupled", "preserves_storage_sharing"}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ccd_train.augment.views import MEAN, STD
-from ccd_train.config.pixels import EnlargementHead, SegmentationHead
+from ccd_train.config.pixels import MaskHead, PictureHead
 from ccd_train.config.pretraining import Model
 from ccd_train.data.pixels import by_route, decode_codes, labels_of, open_rgb, resize_bicubic
 from ccd_train.models import scores
@@ -30,7 +30,7 @@ from ccd_train.weights.official import official_name
 
 FOLDER = Path(os.environ.get("CCD_GOLDEN_DOWNSTREAM", Path(__file__).parent / "golden" / "downstream"))
 TASKS = ("segment", "superresolve")
-HEADS: dict[str, Any] = {"segment": SegmentationHead, "superresolve": partial(EnlargementHead, residual=False)}
+HEADS: dict[str, Any] = {"segment": MaskHead, "superresolve": partial(PictureHead, residual=False)}
 TO_OURS = (("decoder_blocks.", "blocks."), ("decoder_norm.", "norm."), ("decoder_pred.", "prediction."))
 PARTS = (
     (".norm1.", ".attention_norm."), (".norm2.", ".mlp_norm."), (".attn.proj.", ".attention.projection."),

@@ -15,7 +15,6 @@ from ccd_train.config.run import AdamW, RunConfig, Train, Valid, require
 
 Effects = Literal["background", "text", "ignored"]
 Route = Literal["stored", "x2"]
-Target = Literal["mask", "hr"]
 SEGMENT, SUPERRESOLVE = "segment", "superresolve"
 
 
@@ -72,7 +71,7 @@ class PixelHead:
 
 
 @dataclass(frozen=True)
-class SegmentationHead(PixelHead):
+class MaskHead(PixelHead):
     loss: Literal["bce", "mse"] = "bce"
     """Cross-entropy of logits, or squared error of the mask as SSM has it; both a mean over what is not ignored."""
     channels: ClassVar[int] = 1
@@ -83,7 +82,7 @@ class SegmentationHead(PixelHead):
 
 
 @dataclass(frozen=True)
-class EnlargementHead(PixelHead):
+class PictureHead(PixelHead):
     residual: bool = True
     """Add what the network says to its input, from 0 at the start; off: the network says the picture (SSM)."""
     channels: ClassVar[int] = 3
@@ -93,11 +92,16 @@ class EnlargementHead(PixelHead):
 class PixelTuning(RunConfig):
     """What both pixel tasks are told."""
 
+    task: ClassVar[str]
+    """Which recipes are its own."""
+    section: ClassVar[str]
+    """The name of the section with the head."""
     init: Path | None = None
     """Where the backbone comes from: a pretraining's run folder, its export or an official .pth, or the word scratch;
     a run that goes on ignores it."""
     student: bool = False
     """Take the student's backbone of a pretraining, as SSM does; off: the teacher's."""
+    data: PairedPictures = field(default_factory=PairedPictures)
     model: Model = field(default_factory=lambda: Model(drop_path=0.0))
     optimizer: AdamW = field(
         default_factory=lambda: AdamW(lr=1e-4, final_lr=0.0, warmup_samples=100_000, betas=(0.9, 0.95))
@@ -116,13 +120,10 @@ class PixelTuning(RunConfig):
         fits = width % 4 == 0
         require(fits, "model.width", width, "must be a multiple of 4 for the decoder's table of positions")
 
-    section: ClassVar[str]
-    """The name of the section with the head."""
-
     @property
-    def head(self) -> SegmentationHead | EnlargementHead:
+    def head(self) -> MaskHead | PictureHead:
         found = getattr(self, self.section)
-        assert isinstance(found, SegmentationHead | EnlargementHead)
+        assert isinstance(found, MaskHead | PictureHead)
         return found
 
 
@@ -133,7 +134,7 @@ class Segmenting(PixelTuning):
     task: ClassVar[str] = SEGMENT
     section: ClassVar[str] = "segmenter"
     data: MaskedPictures = field(default_factory=MaskedPictures)
-    segmenter: SegmentationHead = field(default_factory=SegmentationHead)
+    segmenter: MaskHead = field(default_factory=MaskHead)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Upscaling(PixelTuning):
     task: ClassVar[str] = SUPERRESOLVE
     section: ClassVar[str] = "upscaler"
     data: PicturePairs = field(default_factory=PicturePairs)
-    upscaler: EnlargementHead = field(default_factory=EnlargementHead)
+    upscaler: PictureHead = field(default_factory=PictureHead)
     optimizer: AdamW = field(
         default_factory=lambda: AdamW(lr=1e-4, final_lr=0.0, warmup_samples=86_835, betas=(0.9, 0.95))
     )

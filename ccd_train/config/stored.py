@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from ccd_train.config.options import from_dict, to_dict
+from ccd_train.config.pixels import Segmenting, Upscaling
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import RunConfig, flatten, identity
@@ -24,7 +25,12 @@ log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings")
 CONTENT, TOLD = ".content", ".told"  # behind a fact's name: a closer look at the same, and the same in words
-MARKS: dict[str, type[RunConfig]] = {"recognizer": FineTuning, "distillation": Config}  # a section that only one has
+MARKS: dict[str, type[RunConfig]] = {  # a section that only one has
+    "recognizer": FineTuning,
+    "distillation": Config,
+    "segmenter": Segmenting,
+    "upscaler": Upscaling,
+}
 
 
 def from_stored(kind: type[Settings], values: Any, where: str, prefix: str = "") -> Settings:

@@ -30,6 +30,7 @@ from ccd_train.data.masks import (
     resize_mask,
 )
 from ccd_train.data.order import Mixture, Order
+from ccd_train.data.pairs import Pairs
 from ccd_train.data.shards import Corpus, DamagedSampleError
 from ccd_train.data.words import Words
 from ccd_train.errors import TrainingError
@@ -61,6 +62,8 @@ class Batch:
     """One line for each sample that could not be used and was replaced: shard, key, reason."""
     labels: tuple[str | None, ...] = ()
     """The labels, if the loader was asked for them."""
+    targets_u8: Tensor | None = None
+    """Of pictures with their truth, uint8 [B, C, 32, 128]: a picture, or 0, 1 for text and 255 for ignored."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device; from pinned memory the copy does not wait."""
@@ -78,6 +81,7 @@ class Batch:
             native_size=function(self.native_size),
             sample_ids=function(self.sample_ids),
             epochs=function(self.epochs),
+            targets_u8=None if self.targets_u8 is None else function(self.targets_u8),
         )
 
 
@@ -90,13 +94,15 @@ class Sample(NamedTuple):
     """uint8 0/1 [32, 128]."""
     native_size: tuple[int, int]
     label: str | None
+    target: np.ndarray | None = None
+    """uint8 [32, 128, C], of pictures with their truth."""
 
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Makes batches of a corpus or of labelled words; may be copied into worker processes."""
+    """Makes batches of a corpus, of labelled words or of pairs; may be copied into worker processes."""
 
-    corpus: Corpus | Words
+    corpus: Corpus | Words | Pairs
     order: Order | Mixture
     mask_mode: MaskMode | None
     """None: no masks are wanted; those of the batches are empty."""
@@ -114,6 +120,7 @@ class BatchReader:
         masks = np.empty((count, HEIGHT, WIDTH), np.uint8)
         sizes = np.empty((count, 2), np.int64)
         labels: list[str | None] = [None] * count
+        targets: list[np.ndarray | None] = [None] * count
         damaged: list[str] = []
         replaced: list[int] = []
         for i in np.lexsort((samples.rows, samples.shards)).tolist():  # by place on the disk
@@ -122,7 +129,7 @@ class BatchReader:
             if len(damaged) > known:
                 replaced.append(i)
             cv2.split(sample.image, list(images[i]))  # writes the three planes there
-            masks[i], sizes[i], labels[i] = sample.mask, sample.native_size, sample.label
+            masks[i], sizes[i], labels[i], targets[i] = sample.mask, sample.native_size, sample.label, sample.target
         return Batch(
             images_u8=torch.from_numpy(images),
             pseudo_mask=torch.from_numpy(masks),
@@ -133,6 +140,7 @@ class BatchReader:
             replaced=tuple(replaced),
             damaged=tuple(damaged),
             labels=tuple(labels) if self.with_labels else (),
+            targets_u8=_stacked(targets),
         )
 
     def _usable_sample(self, shard: int, row: int, damaged: list[str]) -> Sample:
@@ -148,6 +156,10 @@ class BatchReader:
         raise TrainingError(f"{self.corpus.paths[shard]}: none of its {rows} samples can be used; make it anew")
 
     def _sample(self, shard: int, row: int) -> Sample:
+        if isinstance(self.corpus, Pairs):
+            poor, truth = self._read(shard, row, [])
+            pair = self.corpus.prepare(shard, poor or b"", truth or b"")
+            return Sample(pair.image, NO_MASK, pair.native_size, None, pair.target)
         parts = ["image", *(["mask"] if self.mask_mode == "stored" else []), *(["label"] if self.with_labels else [])]
         found = dict(zip(parts, self._read(shard, row, parts), strict=True))
         image = decode_rgb(found["image"] or b"")
@@ -174,3 +186,9 @@ class BatchReader:
         except OSError as error:
             path = self.corpus.paths[shard]
             raise TrainingError(f"{path}: cannot be read ({error.strerror}); check the file system") from error
+
+
+def _stacked(targets: list[np.ndarray | None]) -> Tensor | None:
+    """Targets uint8 [H, W, C] as [B, C, H, W]; None where samples have none."""
+    there = [np.moveaxis(target, -1, 0) for target in targets if target is not None]
+    return torch.from_numpy(np.stack(there)) if there else None

@@ -34,6 +34,7 @@ from ccd_train.config.pretraining import Data
 from ccd_train.data.batches import Batch, BatchReader
 from ccd_train.data.masks import MaskMode
 from ccd_train.data.order import Mixture, Order
+from ccd_train.data.pairs import Pairs
 from ccd_train.data.shards import Corpus
 from ccd_train.data.stage import Stage
 from ccd_train.data.words import Words
@@ -182,7 +183,7 @@ class Batches(Iterator[Batch]):
 
 
 def loader(
-    corpus: Corpus | Words,
+    corpus: Corpus | Words | Pairs,
     order: Order | Mixture,
     share: Share,
     *,

@@ -204,6 +204,40 @@ class LmdbReader:
         return f"this LMDB holds no image-%09d keys ({named}): another program's; write one with image-%09d keys"
 
 
+class PairedReader(LmdbReader):
+    """Pairs in TextZoom's layout: `image_hr-%09d`, which is the `image` here, its poor `partner`, and labels."""
+
+    def image(self, number: int) -> bytes | None:
+        return self._value(b"image_hr-%09d" % number)
+
+    def partner(self, number: int) -> bytes | None:
+        """The encoded poor picture of a record, or None if its key is missing."""
+        return self._value(b"image_lr-%09d" % number)
+
+    def _checked_count(self) -> int:
+        stored, highest = self._value(COUNT), max(self._last_number(kind) or 0 for kind in ("image_hr", "image_lr"))
+        if self._last_number("image_hr") is None:
+            raise UserError(f"{self.path}: {self._instead_of_pairs()}")
+        if stored is None or not stored.isdigit() or int(stored) < highest:
+            said = "is missing" if stored is None else f"says {_text(stored)!r}"
+            raise UserError(
+                f"{self.path}: num-samples {said}, but there are pairs up to number {highest}: it is incomplete or "
+                "still being written; copy it again"
+            )
+        return int(stored)
+
+    def _instead_of_pairs(self) -> str:
+        """What an LMDB holds that is none of pairs, and what to do with it."""
+        wanted = "give pairs in TextZoom's layout, image_hr-%09d with image_lr-%09d"
+        if self.has("image_lr"):
+            return f"poor pictures (image_lr-%09d) without the good ones (image_hr-%09d); {wanted}"
+        if self.has("image"):
+            return f"word images (image-%09d) without partners; {wanted}"
+        with self._environment().begin() as transaction, transaction.cursor() as cursor:
+            keys = [key for key in itertools.islice(cursor.iternext(values=False), 4) if key != COUNT][:3]
+        return f"no image_hr-%09d keys (its first are {', '.join(map(repr, map(_text, keys))) or 'none'}); {wanted}"
+
+
 def source_fingerprint(images: LmdbReader, masks: LmdbReader) -> tuple[str, list[list[int]]]:
     """The hash by which shards remember the LMDB that they were made of; and the sizes of the parts that it covers.
 

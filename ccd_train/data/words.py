@@ -151,15 +151,19 @@ class Place:
             content = self.source.shards[self.shard].sha256
         else:  # by number in the LMDB: how it is cut does not matter
             content, first = self.source.hash, self.shard * RECORDS
-        root = draws.mix(torch.tensor(seed), int(content[:16], 16))
-        keys = draws.mix(root.expand(len(rows)), torch.from_numpy(rows + first))
-        chosen = draws.uniform(keys, "fraction") < fraction
-        return np.flatnonzero(chosen.numpy())
+        return np.flatnonzero(chosen_by_key(content, rows + first, seed, "fraction", fraction))
 
     def label(self, row: int) -> bytes | None:
         """As it is stored."""
         (found,) = self.source.read(self.shard, row, ("label",))
         return found
+
+
+def chosen_by_key(content: str, numbers: np.ndarray, seed: int, draw: str, share: float) -> np.ndarray:
+    """Which of some int64 numbers belong to a share of a set of this hash: bool, by a draw of this name for each."""
+    root = draws.mix(torch.tensor(seed), int(content[:16], 16))
+    keys = draws.mix(root.expand(len(numbers)), torch.from_numpy(numbers))
+    return np.asarray((draws.uniform(keys, draw) < share).numpy())
 
 
 def open_words(

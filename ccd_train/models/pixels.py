@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ccd_train.augment.views import normalize
-from ccd_train.config.pixels import EnlargementHead, SegmentationHead
+from ccd_train.config.pixels import MaskHead, PictureHead
 from ccd_train.config.pretraining import Model
 from ccd_train.models.vit import EPS, GRID, PATCH, Block, build_backbone
 
@@ -40,7 +40,7 @@ class PixelDecoder(nn.Module):
     table: Tensor
     """[1, N, D]: where each token lies."""
 
-    def __init__(self, width: int, head: SegmentationHead | EnlargementHead) -> None:
+    def __init__(self, width: int, head: MaskHead | PictureHead) -> None:
         super().__init__()
         self.channels = head.channels
         self.register_buffer("table", position_table(width), persistent=False)
@@ -66,9 +66,7 @@ class PixelDecoder(nn.Module):
 
 
 class PixelNetwork(nn.Module):
-    def __init__(
-        self, model: Model, head: SegmentationHead | EnlargementHead, activation_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, model: Model, head: MaskHead | PictureHead, activation_checkpointing: bool = False) -> None:
         """Initial weights come from torch's global generator."""
         super().__init__()
         self.vit = build_backbone(
@@ -90,6 +88,11 @@ class PixelNetwork(nn.Module):
         normalize(images)
         output = cast(Tensor, self.decoder(self.vit(images, keys)[0]))
         return pixels + output if self.residual else output
+
+
+def text_share(output: Tensor, logits: bool) -> Tensor:
+    """How surely each pixel is text, in [0, 1], from the output of a network for masks."""
+    return output.sigmoid() if logits else output.clamp(0, 1)
 
 
 def position_table(width: int) -> Tensor:

@@ -39,11 +39,11 @@ class Best:
     def patience_is_over(self) -> bool:
         return 0 < self._settings.patience <= self.stale
 
-    def remarks(self, what: str) -> str:
-        """For the end of a run: `what` has the best score."""
+    def remarks(self, what: str, form: str = "{:.2%}") -> str:
+        """For the end of a run: `what` has the best score, written in this form."""
         patience = self._settings.patience
         text = f"; no better validation in {patience} (--valid.patience)" if self.patience_is_over else ""
-        return text + (f"; {self.score:.2%} {what} at best, after step {self.step}" if self.step else "")
+        return text + (f"; {form.format(self.score)} {what} at best, after step {self.step}" if self.step else "")
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
