@@ -8,6 +8,7 @@ from typing import Literal
 
 from ccd_train.augment.affine import Affine
 from ccd_train.augment.severities import Augment
+from ccd_train.config.pixels import Route
 from ccd_train.config.pretraining import HELD_OUT, Config, Data
 from ccd_train.config.run import require
 from ccd_train.errors import UserError
@@ -147,10 +148,12 @@ class ReadOptions(RecognizerSource):
 
 @dataclass(frozen=True)
 class EvaluateOptions(RecognizerSource):
-    """Word accuracy on benchmarks."""
+    """Word accuracy on benchmarks; of a network of a pixel task, scores of masks or pictures."""
 
+    source: Path | None = field(default=None, metadata={"positional": True})
+    """What to evaluate; --weights is another way to say it. The word bicubic: super-resolution's input as it is."""
     data: Path | None = None
-    """A folder with LMDBs of labelled words in and below it."""
+    """A folder with LMDBs of labelled words, of pictures and masks, or of TextZoom's pairs, in and below it."""
     sets: tuple[str, ...] = ()
     """The names of the sets to read; none: all."""
     rule: Literal["lower_alnum", "case", "all"] = "lower_alnum"
@@ -161,6 +164,8 @@ class EvaluateOptions(RecognizerSource):
     """Images that are read at once."""
     errors: int = 100
     """Worst errors of each set on the page."""
+    route: Route = "stored"
+    """For the word bicubic: how the input is made (a network's own route is in its weights)."""
 
     def check(self) -> None:
         super().check()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ from ccd_train import distributed
 from ccd_train.config.pixels import Effects, MaskedPictures, PairedPictures, PicturePairs, Route
 from ccd_train.data.masks import UndecodableImage
 from ccd_train.data.pixels import (
+    SMALL,
     by_route,
     check_sizes,
     decode_codes,
@@ -46,7 +47,7 @@ NAMED = 4  # pictures left out that a line names
 _HELD_OUT_SEED = 0  # of no run: what is held out is the same for all seeds
 
 
-class Prepared(NamedTuple):
+class Fitted(NamedTuple):
     """A sample of the network's size."""
 
     image: np.ndarray
@@ -70,7 +71,7 @@ class Couples(Protocol):
         """The key or file of either."""
 
     def fingerprint(self) -> str: ...
-    def prepare(self, image: bytes, truth: bytes) -> Prepared:
+    def prepare(self, image: bytes, truth: bytes) -> Fitted:
         """Raises UndecodableImage."""
 
     def close(self) -> None: ...
@@ -100,7 +101,7 @@ class CropLmdb:
     def fingerprint(self) -> str:
         return self._reader.fingerprint()
 
-    def prepare(self, image: bytes, truth: bytes) -> Prepared:
+    def prepare(self, image: bytes, truth: bytes) -> Fitted:
         return _masked(image, decode_codes(truth), self._effects)
 
     def close(self) -> None:
@@ -136,7 +137,7 @@ class CropFolder:
         listed = [(image.name, image.stat().st_size, mask and mask.stat().st_size) for image, mask in self._files]
         return hashlib.sha256(repr(listed).encode()).hexdigest()
 
-    def prepare(self, image: bytes, truth: bytes) -> Prepared:
+    def prepare(self, image: bytes, truth: bytes) -> Fitted:
         return _masked(image, decode_grey_mask(truth), "background")
 
     def close(self) -> None:
@@ -165,12 +166,27 @@ class PairLmdb:
     def fingerprint(self) -> str:
         return self._reader.fingerprint()
 
-    def prepare(self, image: bytes, truth: bytes) -> Prepared:
+    def prepare(self, image: bytes, truth: bytes) -> Fitted:
         poor, good = open_rgb(image), np.asarray(resize_bicubic(open_rgb(truth)))
-        return Prepared(by_route(poor, self._route), good, (poor.height, poor.width))
+        return Fitted(by_route(poor, self._route), good, (poor.height, poor.width))
+
+    def small(self, number: int) -> np.ndarray:
+        """The poor picture of a usable pair as TextZoom's baseline takes it: uint8 [16, 64, 3]."""
+        return np.asarray(resize_bicubic(open_rgb(self.parts(number)[0] or b""), SMALL))
 
     def close(self) -> None:
         self._reader.close()
+
+
+class Looked(NamedTuple):
+    """What stands at a number of a source."""
+
+    number: int
+    sample: Fitted | None
+    reason: str
+    """Why there is none, with its name."""
+    digest: bytes
+    """Of the bytes of picture, truth and label."""
 
 
 class Checked(NamedTuple):
@@ -220,7 +236,7 @@ class Pairs:
                 raise DamagedSampleError(f"{source.path}: no {source.name(int(numbers[row]), truth)}")
         return found
 
-    def prepare(self, shard: int, image: bytes, truth: bytes) -> Prepared:
+    def prepare(self, shard: int, image: bytes, truth: bytes) -> Fitted:
         return self._shards[shard][0].prepare(image, truth)
 
     def key(self, shard: int, row: int) -> str:
@@ -295,27 +311,37 @@ def find_couples(folders: Sequence[Path], settings: PairedPictures, option: str)
     return found
 
 
-def check(source: Couples, numbers: Sequence[int] | None = None) -> Checked:
-    """Looks at all pictures of a source, or at some, as training and scores will."""
+def check(source: Couples, numbers: Iterable[int]) -> Checked:
+    """Looks at some pictures of a source, as training will."""
     usable: list[int] = []
     left_out: list[str] = []
     digests: list[bytes] = []
     text = 0
-    for number in range(1, len(source) + 1) if numbers is None else numbers:
+    for one in look(source, numbers):
+        digests.append(one.digest)
+        if one.sample is None:
+            left_out.append(one.reason)
+            continue
+        usable.append(one.number)
+        text += one.sample.target.shape[-1] > 1 or bool((one.sample.target == 1).any())
+    return Checked(np.array(usable, np.int64), left_out, digests, text)
+
+
+def look(source: Couples, numbers: Iterable[int]) -> Iterator[Looked]:
+    """Decodes and prepares some pictures of a source, in order."""
+    for number in numbers:
         image, truth = source.parts(number)
-        sized = [struct.pack("<q", -1 if part is None else len(part)) + (part or b"") for part in (image, truth)]
-        digests.append(hashlib.sha256(b"".join(sized)).digest())
+        label = source.label(number)
+        parts = (image, truth, None if label is None else label.encode())
+        sized = [struct.pack("<q", -1 if part is None else len(part)) + (part or b"") for part in parts]
+        digest = hashlib.sha256(b"".join(sized)).digest()
         if image is None or truth is None:
-            left_out.append(f"{source.name(number, image is not None)}: missing")
+            yield Looked(number, None, f"{source.name(number, image is not None)}: missing", digest)
             continue
         try:
-            target = source.prepare(image, truth).target
+            yield Looked(number, source.prepare(image, truth), "", digest)
         except UndecodableImage as reason:
-            left_out.append(f"{source.name(number, False)}: {reason}")
-            continue
-        usable.append(number)
-        text += target.shape[-1] > 1 or bool((target == 1).any())
-    return Checked(np.array(usable, np.int64), left_out, digests, text)
+            yield Looked(number, None, f"{source.name(number, False)}: {reason}", digest)
 
 
 def refuse_empty(sources: Sequence[Couples], looked: Sequence[Checked], option: str) -> list[str]:
@@ -350,6 +376,6 @@ def _shared_check(source: Couples) -> Checked:
     )
 
 
-def _masked(image: bytes, codes: np.ndarray, effects: Effects) -> Prepared:
+def _masked(image: bytes, codes: np.ndarray, effects: Effects) -> Fitted:
     picture = check_sizes(image, codes)
-    return Prepared(fit(picture), fit_mask(labels_of(codes, effects))[..., None], codes.shape)  # type: ignore[arg-type]
+    return Fitted(fit(picture), fit_mask(labels_of(codes, effects))[..., None], codes.shape)  # type: ignore[arg-type]

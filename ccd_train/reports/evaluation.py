@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import heapq
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -31,6 +31,8 @@ from ccd_train.tasks.recognize.reading import Reader, Reading, open_recognizer
 from ccd_train.tasks.recognize.scoring import meaning, rules_for, same, says_nothing, similarity
 from ccd_train.weights import recognizer
 from ccd_train.weights.recognizer import Trained
+
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -199,17 +201,21 @@ def open_known(options: EvaluateOptions) -> tuple[Trained, Reader, str]:
     A fine-tuning that goes on replaces its best one at any time. UserError where that happened while it was read.
     """
     assert options.weights is not None
-    path = recognizer.find(options.weights)
+    trained, sha256 = unchanged(recognizer.find(options.weights), lambda: open_recognizer(options))
+    return trained, Reader(trained), sha256
+
+
+def unchanged(path: Path, read: Callable[[], Opened]) -> tuple[Opened, str]:
+    """What is read of a file, and its sha256. UserError where the file was replaced meanwhile."""
     try:
         before = digest(path)
-        trained = open_recognizer(options)
-        reader = Reader(trained)
+        found = read()
         after = digest(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); give another --weights") from None
     if before != after:
         raise UserError(f"{path}: was replaced while it was read; give the same command again, or a copy of it")
-    return trained, reader, before.sha256
+    return found, before.sha256
 
 
 def make_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import cv2
+import numpy as np
 
 from ccd_train.data.masks import UndecodableImage, decode_rgb
 from ccd_train.data.records import LmdbReader
@@ -58,9 +59,14 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[Set, Counts, Sequenc
         with LmdbReader(one.path) as reader:
             items = [_item(mistake, reader.image(-mistake.place) or b"") for mistake in worst]
         parts.append("<ol>\n" + "\n".join(items) + "\n</ol>")
+    replace_file(path, whole(title, parts))
+
+
+def whole(title: str, parts: Sequence[str]) -> bytes:
+    """The page of its parts."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    replace_file(path, page.encode())
+    return page.encode()
 
 
 def _item(mistake: Mistake, data: bytes) -> str:
@@ -74,9 +80,13 @@ def _item(mistake: Mistake, data: bytes) -> str:
 def _picture(data: bytes) -> str:
     """The image as a small PNG inside the page; nothing for one that cannot be read."""
     try:
-        image = decode_rgb(data)
+        return embedded(decode_rgb(data))
     except UndecodableImage:
         return ""
+
+
+def embedded(image: np.ndarray) -> str:
+    """A picture uint8 [H, W, 3], as large as it may be, inside the page."""
     height, width = image.shape[:2]
     factor = min(HEIGHT / height, WIDTH / width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
