@@ -9,12 +9,11 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccd_train.config.options import parse
 from ccd_train.config.stored import claim
 from ccd_train.data.records import find_lmdbs
 from ccd_train.errors import UserError
 from launch import slurm
-from launch.outcome import SETTINGS
+from launch.outcome import parse_training
 from launch.preflight import check_batch, check_settings, check_writable
 from launch.script import array, render
 
@@ -45,7 +44,7 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
     """
     run_dir = arguments.run_dir.resolve()
     settings = [*settings, "--run_dir", str(run_dir)]
-    config = parse(SETTINGS[arguments.trains], settings, f"ccd-train {arguments.trains}")
+    config = parse_training(arguments.trains, settings)
     processes = arguments.gpus_per_node or arguments.processes_per_node
     check_settings(config, gpus=bool(arguments.gpus_per_node or arguments.gres), later=arguments.after is not None)
     facts = None

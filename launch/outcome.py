@@ -20,12 +20,17 @@ from pathlib import Path
 from types import FrameType
 
 from ccd_train.config.options import parse
+from ccd_train.config.pixels import Segmenting, Upscaling
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.errors import FAILED, UNFINISHED, UserError, run
 
-SETTINGS: dict[str, type[Config | FineTuning]] = {"pretrain": Config, "finetune": FineTuning}
-"""Of the verbs that train."""
+AnyTraining = Config | FineTuning | Segmenting | Upscaling
+SETTINGS: dict[str, tuple[type[AnyTraining], ...]] = {
+    "pretrain": (Config,),
+    "finetune": (FineTuning, Segmenting, Upscaling),
+}
+"""Of the verbs that train: a recipe chooses among them."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SAVING_SECONDS = 60.0  # for workers whose launcher was killed; a start of the same run waits as long
 WRITING_SECONDS = 5.0  # between the end of a life's work and its outcome
@@ -83,11 +88,17 @@ def await_outcome(run_dir: Path, before: list[int] | None) -> None:
         time.sleep(0.2)
 
 
+def parse_training(verb: str, argv: list[str]) -> AnyTraining:
+    """The settings of a verb that trains. Raises UserError."""
+    first, *others = SETTINGS[verb]
+    return parse(first, argv, f"ccd-train {verb}", *others)
+
+
 def checked_run_dir(command: list[str]) -> Path:
     """The run folder of a command `… ccd_train VERB SETTINGS`. Raises UserError where the settings are refused."""
     for index, (word, verb) in enumerate(itertools.pairwise(command)):
         if word == "ccd_train" and verb in SETTINGS:
-            config = parse(SETTINGS[verb], command[index + 2 :], f"ccd-train {verb}")
+            config = parse_training(verb, command[index + 2 :])
             config.check()
             assert config.run_dir is not None
             return config.run_dir

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ccd_train.config.deepspeed import read_deepspeed_file
+from ccd_train.config.pixels import PixelTuning
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import SCRATCH, FineTuning
 from ccd_train.config.run import RunConfig
@@ -24,7 +25,7 @@ from launch.lives import newest_step
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_settings(config: Config | FineTuning, gpus: bool, later: bool) -> None:
+def check_settings(config: Config | FineTuning | PixelTuning, gpus: bool, later: bool) -> None:
     """Raises UserError for what no number of ranks can run, with GPUs or without.
 
     `later`: the job waits for another one, which will have written the weights of --init by then.
@@ -36,6 +37,11 @@ def check_settings(config: Config | FineTuning, gpus: bool, later: bool) -> None
         find_words((*config.data.train, *config.data.valid))
         classes = read_charset(config.data.charset).classes
         parameters = budget.recognizer_parameters(config.model, config.recognizer, classes)
+    elif isinstance(config, PixelTuning):
+        for folder in (*config.data.train, *config.data.valid):
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder; give pictures with their truth")
+        parameters = budget.pixel_parameters(config.model, config.head)
     else:
         Corpus.open(config.data.shards, config.data.exclude)
         find_words(config.probe.data if config.probe.every_steps else ())

@@ -147,6 +147,23 @@ class ReadOptions(RecognizerSource):
 
 
 @dataclass(frozen=True)
+class PaintOptions:
+    """Take pictures of words, of any size, through a network that says pixels."""
+
+    images: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    """Pictures, folders with pictures in and below them, patterns, or JSON lists of paths."""
+    weights: Path | None = None
+    """A fine-tuning run of this task, or an export of one."""
+    out: Path | None = None
+    """Folder for the PNGs and for written.json, the list of them."""
+
+    def check(self) -> None:
+        require(self.weights is not None, "weights", None, "name the network: --weights RUN_OR_EXPORT")
+        require(self.out is not None, "out", None, "name the folder to write to: --out DIR")
+        require(len(self.images) > 0, "images", "()", "name a picture or a folder of pictures")
+
+
+@dataclass(frozen=True)
 class EvaluateOptions(RecognizerSource):
     """Word accuracy on benchmarks; of a network of a pixel task, scores of masks or pictures."""
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ccd_train.config.pixels import MaskHead, PictureHead
 from ccd_train.config.pretraining import Model
 from ccd_train.config.recognition import ReadingHead
 
@@ -76,6 +77,12 @@ def recognizer_parameters(model: Model, sizes: ReadingHead, classes: int) -> int
     layer = 3 * 2 * e + 8 * e * e + 2 * e * sizes.hidden + sizes.hidden + e
     encoder = d * sizes.encoder_hidden + sizes.encoder_hidden + sizes.encoder_hidden * e + e
     return _backbone(model) + encoder + (classes + 1) * e + sizes.layers * layer + 2 * e + (e + 1) * classes
+
+
+def pixel_parameters(model: Model, head: MaskHead | PictureHead) -> int:
+    """Of a network for masks or pictures."""
+    d = model.width
+    return _backbone(model) + head.layers * (12 * d * d + 13 * d) + 2 * d + (d + 1) * 16 * head.channels
 
 
 def _backbone(model: Model) -> int:

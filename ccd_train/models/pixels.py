@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ccd_train.augment.views import normalize
+from ccd_train.augment.views import MEAN, STD
 from ccd_train.config.pixels import MaskHead, PictureHead
 from ccd_train.config.pretraining import Model
 from ccd_train.models.vit import EPS, GRID, PATCH, Block, build_backbone
@@ -84,8 +84,9 @@ class PixelNetwork(nn.Module):
 
         keys int64 [B] draw stochastic depth; needed in training only, and only where drop_path > 0.
         """
-        images = pixels * 255.0
-        normalize(images)
+        # by numbers: a tensor of constants would be sent to the device in every step
+        channels = zip(pixels.unbind(1), MEAN, STD, strict=True)
+        images = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         output = cast(Tensor, self.decoder(self.vit(images, keys)[0]))
         return pixels + output if self.residual else output
 

@@ -10,7 +10,7 @@ from ccd_train.errors import UserError
 from ccd_train.tasks.pretrain.weights import open_backbone, open_weights
 from ccd_train.tasks.recognize.reading import open_recognizer
 from ccd_train.training import checkpoint
-from ccd_train.weights import backbone, portable, recognizer
+from ccd_train.weights import backbone, pixels, portable, recognizer
 from ccd_train.weights.writing import refuse_unwritable
 
 RECIPE = ("augment", "affine", "distillation", "optimizer")  # sections that go with exported weights
@@ -40,7 +40,28 @@ def export(options: Export) -> str:
     """Writes what the checked options ask for; returns a line that says what and where. UserError if it cannot be."""
     assert options.weights is not None
     chosen = options.weights if options.step is None else at_step(options.weights, options.step)
+    if pixels.is_pixels(chosen):
+        return _pixels(options, chosen)
     return _recognizer(options) if recognizer.is_recognizer(chosen) else _pretraining(options, chosen)
+
+
+def _pixels(options: Export, chosen: Path) -> str:
+    trained = pixels.read(chosen)
+    out, note = options.out or chosen / "export", ""
+    if options.format == "backbone":
+        backbone.write_backbone(out, backbone.backbone_of(trained.state, trained.model.heads, trained.origin))
+    elif options.format == "onnx":
+        refuse_unwritable(out)
+        checked = portable.write_onnx(out, trained)
+        note = "; says what the live model says" if checked else "; NOT checked: no onnxruntime here"
+    elif options.format == "torchscript":
+        portable.write_torchscript(out, trained)
+    elif out.suffix in (".pth", ".pt"):
+        raise UserError(f"{out}: give a .safetensors or a folder, or --format torchscript with a .pt")
+    else:
+        out = out if out.suffix == ".safetensors" else out / pixels.FILE
+        pixels.write(out, trained)
+    return f"{out}: the network of {trained.origin}, which learnt to {trained.task}{note}"
 
 
 def _pretraining(options: Export, chosen: Path) -> str:

@@ -1,8 +1,13 @@
-"""A recogniser as one file that needs nothing of this package: ONNX or TorchScript, from pixels to tokens.
+"""A network as one file that needs nothing of this package: ONNX or TorchScript, from pixels to what it says.
 
     images       uint8 [B, 32, 128, 3], RGB: word crops resized without keeping their aspect ratio
     tokens       int64 [B, T]: the charset's characters by number, N unknown, N + 1 the end, then N + 2
     confidences  float32 [B, T]: the probability of each token, given those before it; 1 after the end
+
+and of the pixel tasks
+
+    masks        float32 [B, 32, 128]: how surely each pixel is text
+    pictures     float32 [B, 32, 128, 3], RGB in [0, 1]
 
 Normalisation, network and the greedy loop (all T steps of it) are inside; the batch may be of any size. `describe` goes
 with the file: as metadata of an ONNX model, as the extra file description.json in TorchScript.
@@ -25,7 +30,9 @@ from ccd_train.augment.views import MEAN, STD
 from ccd_train.data.masks import HEIGHT, WIDTH
 from ccd_train.errors import UserError
 from ccd_train.models.decoding import decode
+from ccd_train.models.pixels import text_share
 from ccd_train.models.recognizer import Recognizer
+from ccd_train.weights.pixels import TrainedPixels
 from ccd_train.weights.recognizer import Trained
 from ccd_train.weights.writing import write_whole
 
@@ -33,6 +40,8 @@ DESCRIPTION = "description.json"
 OUTPUTS = ["tokens", "confidences"]
 EXAMPLES = 2  # images to trace with; of a batch of 1 exporters make a constant
 CHECKED = 3  # random images that an ONNX model must read as the live one does
+MASKS, PICTURES = "masks", "pictures"  # what the pixel tasks give
+PIXEL_TOLERANCE = 1e-4  # of shares and of pictures in [0, 1]
 TOLERANCE = 1e-3  # of their confidences; the tokens must be the same
 
 
@@ -55,8 +64,33 @@ class Whole(nn.Module):
         return words.tokens, words.confidences
 
 
-def describe(trained: Trained) -> dict[str, Any]:
-    """What one needs to turn the tokens into text."""
+class WholePixels(nn.Module):
+    """From pixels to shares of text float32 [B, 32, 128], or to pictures float32 [B, 32, 128, 3] in [0, 1]."""
+
+    def __init__(self, trained: TrainedPixels) -> None:
+        super().__init__()
+        self.network = trained.network()
+        self.masks, self.logits = trained.head.channels == 1, trained.logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.network(images.permute(0, 3, 1, 2).float() / 255)
+        return text_share(output, self.logits)[:, 0] if self.masks else output.clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def whole(trained: Trained | TrainedPixels) -> nn.Module:
+    """All of it as one module."""
+    return WholePixels(trained) if isinstance(trained, TrainedPixels) else Whole(trained.network())
+
+
+def outputs(trained: Trained | TrainedPixels) -> list[str]:
+    """The names of what it gives."""
+    return ([MASKS] if trained.head.channels == 1 else [PICTURES]) if isinstance(trained, TrainedPixels) else OUTPUTS
+
+
+def describe(trained: Trained | TrainedPixels) -> dict[str, Any]:
+    """What one needs to use what comes out: to turn tokens into text, or to know what went in."""
+    if isinstance(trained, TrainedPixels):
+        return {"task": trained.task, "reading": trained.reading, "about": trained.about}
     charset = trained.charset
     return {
         "characters": charset.characters,
@@ -68,17 +102,17 @@ def describe(trained: Trained) -> dict[str, Any]:
     }
 
 
-def write_torchscript(path: Path, trained: Trained) -> None:
+def write_torchscript(path: Path, trained: Trained | TrainedPixels) -> None:
     """Raises UserError where it cannot be written."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the loop has a fixed length, which the tracer cannot know
-        traced = torch.jit.trace(Whole(trained.network()), _examples(), check_trace=False)
+        traced = torch.jit.trace(whole(trained), _examples(), check_trace=False)
         buffer = io.BytesIO()
         torch.jit.save(traced, buffer, {DESCRIPTION: json.dumps(describe(trained))})
     write_whole(path, buffer.getvalue())
 
 
-def write_onnx(path: Path, trained: Trained) -> bool:
+def write_onnx(path: Path, trained: Trained | TrainedPixels) -> bool:
     """Takes minutes for the official sizes. Returns whether the model was checked, for which onnxruntime is needed.
 
     Raises UserError where the libraries to make it are not installed, where it reads otherwise than the live model, and
@@ -93,13 +127,13 @@ def write_onnx(path: Path, trained: Trained) -> bool:
     with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            Whole(trained.network()),
+            whole(trained),
             (_examples(),),
             dynamo=True,
             verbose=False,
             optimize=False,  # it takes as long again, and onnxruntime optimises when it loads
             input_names=["images"],
-            output_names=OUTPUTS,
+            output_names=outputs(trained),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None
@@ -108,7 +142,7 @@ def write_onnx(path: Path, trained: Trained) -> bool:
     return publish_onnx(path, model.SerializeToString(), trained)
 
 
-def publish_onnx(path: Path, content: bytes, trained: Trained) -> bool:
+def publish_onnx(path: Path, content: bytes, trained: Trained | TrainedPixels) -> bool:
     """Writes a model that reads as the live one does; returns whether that could be checked. Raises UserError."""
     try:
         import onnxruntime
@@ -119,16 +153,23 @@ def publish_onnx(path: Path, content: bytes, trained: Trained) -> bool:
         256, (CHECKED, HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    tokens, confidences = map(torch.from_numpy, session.run(OUTPUTS, {"images": images.numpy()}))
+    found = list(map(torch.from_numpy, session.run(outputs(trained), {"images": images.numpy()})))
     with torch.no_grad():
-        live_tokens, live_confidences = Whole(trained.network())(images)
-    if not (torch.equal(tokens, live_tokens) and torch.allclose(confidences, live_confidences, atol=TOLERANCE)):
+        live = whole(trained)(images)
+    expected = [live] if isinstance(live, Tensor) else list(live)
+    tolerance = PIXEL_TOLERANCE if isinstance(trained, TrainedPixels) else TOLERANCE
+    if not all(_alike(*pair, tolerance) for pair in zip(found, expected, strict=True)):
         raise UserError(
             f"{path}: not written, because onnxruntime {onnxruntime.__version__} reads it otherwise than torch reads "
             f"{trained.origin}; try other versions of torch and onnxruntime, or --format torchscript"
         )
     write_whole(path, content)
     return True
+
+
+def _alike(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whole numbers must be the same."""
+    return torch.allclose(one, other, atol=tolerance) if one.is_floating_point() else torch.equal(one, other)
 
 
 def _examples() -> Tensor:

@@ -24,7 +24,7 @@ class Painter:
 
     @torch.no_grad()
     def paint(self, images: np.ndarray) -> Tensor:
-        """uint8 [B, 32, 128, 3] → float32 [B, C, 32, 128] on the CPU: how surely it is text, or an unclipped picture."""
+        """uint8 [B, 32, 128, 3] → float32 [B, C, 32, 128] on the CPU: shares of text, or unclipped pictures."""
         given = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float() / 255
         if self._network is None:
             return given.cpu()
