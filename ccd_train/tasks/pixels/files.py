@@ -174,4 +174,5 @@ def _enlarged(picture: np.ndarray, window: np.ndarray, output: Tensor) -> np.nda
     size = (2 * picture.shape[1], 2 * picture.shape[0])
     change = output.permute(1, 2, 0).numpy() * 255 - window
     large = np.asarray(resize_bicubic(Image.fromarray(picture), size)).astype(np.float32)
-    return np.rint((large + cv2.resize(change, size, interpolation=cv2.INTER_CUBIC)).clip(0, 255)).astype(np.uint8)
+    large += cv2.resize(change, size, interpolation=cv2.INTER_CUBIC)
+    return np.rint(large).clip(0, 255).astype(np.uint8)
