@@ -243,7 +243,7 @@ def score(painter: Painter, measure: Measure, name: str, source: Couples, option
     """Scores a set. Raises UserError if nothing in it can be used."""
     sha256, left_out, rows = hashlib.sha256(), list[str](), list[Tensor]()
     numbers, worst = list[int](), list[Bad]()
-    seen = tqdm(look(source, range(1, len(source) + 1)), desc=name, unit=" pictures", leave=False, disable=None)
+    seen = iter(tqdm(look(source, range(1, len(source) + 1)), desc=name, unit=" pictures", leave=False, disable=None))
     while batch := list(islice(seen, options.batch_size)):
         for one in batch:
             sha256.update(one.digest)

@@ -12,6 +12,7 @@ from typing import Any
 from ccd_train.config.options import to_dict
 from ccd_train.config.pixels import SEGMENT, SUPERRESOLVE, MaskHead, PictureHead
 from ccd_train.config.pretraining import Model
+from ccd_train.config.run import require
 from ccd_train.config.stored import from_stored
 from ccd_train.errors import UserError
 from ccd_train.models.pixels import PixelNetwork
@@ -100,6 +101,7 @@ def read(path: Path) -> TrainedPixels:
         raise UserError(f"{path}: its description is damaged ({error}); export the network again") from None
     model = from_stored(Model, values["model"], str(path), "model.")
     head = from_stored(kind, values["head"], str(path), "head.")
-    model.check()
     head.check()
+    for heads, name in ((model.heads, "model.heads"), (head.heads, "head.heads")):
+        require(heads >= 1 and model.width % heads == 0, name, heads, f"no divisor of the width in {path}")
     return TrainedPixels(task, model, head, reading, state, values["about"], str(path))
