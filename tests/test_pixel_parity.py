@@ -296,7 +296,7 @@ def test_schedule(meta: dict[str, Any], task: str) -> None:
     expected, unit = meta["schedule"][task], 10_000
     rates = [
         schedules.warmup_cosine(
-            round(epoch * unit), 0, expected["lr"], expected["min_lr"], expected["warmup_epochs"] * unit,
+            epoch * unit, 0, expected["lr"], expected["min_lr"], expected["warmup_epochs"] * unit,
             expected["epochs"] * unit,
         )
         for epoch in expected["at"]

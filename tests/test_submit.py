@@ -13,6 +13,7 @@ import pytest
 from conftest import CHECKOUT, Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from painted import write_crops, write_pairs
 
 from ccd_train.config.options import describe as describe_settings
 from ccd_train.config.options import parse, read_recipe, to_dict
@@ -23,7 +24,9 @@ from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
 from launch.jobs import extra_options, seconds
 from launch.lives import note
+from launch.outcome import parse_training
 from launch.preflight import check_space
+from launch.rehearsal import rehearse
 from launch.script import array, directive, render
 from launch.status import describe
 from launch.submit import newest_job, read
@@ -173,6 +176,24 @@ def test_a_fine_tuning_is_checked_and_written_likewise(
     ):
         with pytest.raises(UserError, match=message):
             submit(*finetune_words(tmp_path / "run", tiny, *more))
+
+
+def test_a_pixel_task_is_checked_and_written_likewise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe chooses the task; what only the data tell is looked at before the job queues."""
+    crops, pairs = write_crops(tmp_path / "crops", 40), write_pairs(tmp_path / "pairs", 40)
+    for name, data, other in (("segmenter_nano", crops, pairs), ("upscaler_nano", pairs, crops)):
+        words = ["finetune", "--run_dir", str(tmp_path / name), "--gpus-per-node", "2", "--dry-run", "--"]
+        words += ["--config", name, "--init", "scratch", "--train.micro_batch_size", "8", "--data.train"]
+        assert submit(*words, str(data)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "verb=finetune" in lines and "nproc=2" in lines
+        with pytest.raises(UserError, match="nothing: no such folder"):
+            submit(*words, str(tmp_path / "nothing"))
+        settings = [*words[words.index("--") + 1 :], str(data), "--run_dir", str(tmp_path / "run")]
+        config = parse_training("finetune", settings)
+        assert {"corpus", "valid"} <= rehearse(config, later=False).keys()
+        with pytest.raises(UserError, match=str(other)):
+            rehearse(replace(config, data=replace(config.data, train=(other,))), later=False)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["submission", "dry run"])

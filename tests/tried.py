@@ -30,6 +30,7 @@ from words import write as write_recognizer
 from ccd_train import distributed
 from ccd_train.commands import finetune, pretrain
 from ccd_train.config.options import parse, to_dict
+from ccd_train.config.pixels import Segmenting, Upscaling
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import RunConfig
@@ -208,7 +209,7 @@ def pretraining(words: list[str]) -> int:
 def finetuning(words: list[str]) -> int:
     if "--print_config" in words:
         return ends(lambda: finetune.main(words))
-    typed = parse(FineTuning, words, "test")
+    typed = parse(FineTuning, words, "test", Segmenting, Upscaling)
     typed.check()
     config = miniature(typed)
     return lived(config, *live(task_of(config)))

@@ -166,8 +166,9 @@ class PixelTask(Task):
                 errors = [
                     pixel_loss(*one, torch.ones(()), self.logits) for one in zip(output, target, kept, strict=True)
                 ]
-                error = torch.stack([torch.stack(errors).double(), kept.flatten(1).sum(1).double()], dim=1)
-                found = torch.cat([error, self.measure(given, output, truth)], dim=1).cpu()
+                error = torch.stack([torch.stack(errors).double(), kept.flatten(1).sum(1).double()], dim=1).cpu()
+                # scored where `evaluate` scores: a GPU rounds the inputs of convolutions
+                found = torch.cat([error, self.measure(given.cpu(), output.cpu(), truth.cpu())], dim=1)
                 mine = batch.epochs == 0  # the last batch goes on at the beginning
                 mine[list(batch.replaced)] = False  # another picture stands in its place
                 rows.append(found[mine.cpu()])
