@@ -248,6 +248,12 @@ def test_bad_input_is_one_line(sets: dict[str, Path], tmp_path: Path) -> None:
         ("segment", tmp_path / "empty", {}, "--data.train .*empty: no LMDB or a folder with image/ and mask/"),
         ("segment", tmp_path / "nothing", {}, "nothing: no such folder"),
         ("segment", sets["superresolve"], {}, "pairs: "),
+        (
+            "segment",
+            sets["segment"],
+            {"data": {"train": [str(sets["segment"])] * 2}},
+            "are the same; name each set once",
+        ),
         ("segment", sets["segment"], {"init": None}, "init = None: name weights"),
         ("segment", sets["segment"], {"segmenter": {"heads": 3}}, "segmenter.heads = 3: must divide"),
         ("segment", sets["segment"], {"data": {"fraction": 1e-9}}, "no picture of --data.train falls into it"),

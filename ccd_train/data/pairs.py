@@ -21,6 +21,7 @@ import numpy as np
 
 from ccd_train import distributed
 from ccd_train.config.pixels import Effects, MaskedPictures, PairedPictures, PicturePairs, Route
+from ccd_train.data.guard import refuse_twice
 from ccd_train.data.masks import UndecodableImage
 from ccd_train.data.pixels import (
     SMALL,
@@ -266,6 +267,11 @@ def open_pairs(settings: PairedPictures, seed: int) -> Opened:
     with distributed.together():
         sources = find_couples(settings.train, settings, "--data.train")
         others = find_couples(settings.valid, settings, "--data.valid") if settings.valid else []
+        refuse_twice([{source.fingerprint(): str(source.path)} for source in sources], "data.train")
+        if {source.fingerprint() for source in sources} & {source.fingerprint() for source in others}:
+            log.warning(
+                "--data.valid: has pictures of --data.train; what was learnt by heart is not told from the rest"
+            )
     looked = [_shared_check(source) for source in sources]
     left_out = {"train": refuse_empty(sources, looked, "--data.train")}
     trained, held = [], []
@@ -330,7 +336,11 @@ def check(source: Couples, numbers: Iterable[int]) -> Checked:
 def look(source: Couples, numbers: Iterable[int]) -> Iterator[Looked]:
     """Decodes and prepares some pictures of a source, in order."""
     for number in numbers:
-        image, truth = source.parts(number)
+        try:
+            image, truth = source.parts(number)
+        except OSError as error:
+            yield Looked(number, None, f"{source.name(number, False)}: {error.strerror}", b"")
+            continue
         label = source.label(number)
         parts = (image, truth, None if label is None else label.encode())
         sized = [struct.pack("<q", -1 if part is None else len(part)) + (part or b"") for part in parts]
@@ -367,7 +377,9 @@ def _shared_check(source: Couples) -> Checked:
     """`check` by all ranks together, in ranges."""
     count, ranks = len(source), distributed.world_size()
     mine = np.array_split(np.arange(1, count + 1), ranks)[distributed.rank()]
-    parts: list[Checked] = distributed.gather_objects(check(source, mine.tolist()))
+    with distributed.together():
+        found = check(source, mine.tolist())
+    parts: list[Checked] = distributed.gather_objects(found)
     return Checked(
         np.concatenate([part.usable for part in parts]),
         [line for part in parts for line in part.left_out],

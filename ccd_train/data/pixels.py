@@ -31,6 +31,7 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def resize_bicubic(image: Image.Image, size: tuple[int, int] = SIZE) -> Image.Image:
+    """Pillow's bicubic to (width, height), without keeping the aspect ratio."""
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
