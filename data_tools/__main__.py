@@ -17,6 +17,7 @@ VERBS = {
     "convert": "LMDBs → shards",
     "merge": "the manifest of shards that several machines converted",
     "index": "offsets and a manifest for tars that other tools wrote",
+    "crops": "word crops with masks from TextSeg's release",
     "verify": "check shards against their manifest",
     "inspect": "a page that shows what is in the shards",
     "overlap": "find training crops that are in an evaluation set",

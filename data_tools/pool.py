@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -67,6 +69,25 @@ def run_jobs(
             connection.close()
         for process in processes.values():
             process.join()
+
+
+def run_in_order(
+    function: Callable[[Job, Report], Result], jobs: Sequence[Job], workers: int, progress: Progress
+) -> Generator[Result, None, None]:
+    """As `run_jobs`, with the results in the order of the jobs."""
+    finished: dict[int, Result] = {}
+    following = 0
+    numbered = partial(_numbered, function)
+    with closing(run_jobs(numbered, list(enumerate(jobs)), workers, progress)) as results:
+        for number, result in results:
+            finished[number] = result
+            while following in finished:
+                yield finished.pop(following)
+                following += 1
+
+
+def _numbered(function: Callable[[Job, Report], Result], job: tuple[int, Job], done: Report) -> tuple[int, Result]:
+    return job[0], function(job[1], done)
 
 
 def _receive(connection: Connection, process: multiprocessing.process.BaseProcess) -> tuple[str, Any]:

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ccd_train.data.shards import MANIFEST, REFUSED, ROW, Shard, offsets_name, write_atomically
 from ccd_train.errors import UserError
@@ -109,8 +108,8 @@ class State:
     @contextmanager
     def locked(self, part: Slice) -> Iterator[None]:
         """Holds a slice. UserError if another process does; it is free as soon as that one has ended, however."""
-        with open(self.folder / f"slice-{part.index}-of-{part.total}.lock", "wb") as file:
-            _lock(file, part, self.out)
+        what = "a conversion" if part.total == 1 else f"a conversion of slice {part}"
+        with held(self.folder / f"slice-{part.index}-of-{part.total}.lock", what, self.out):
             yield
 
     def check_idle(self, own: Slice | None) -> None:
@@ -179,13 +178,16 @@ def write_refused(out: Path, outcomes: Iterable[Outcome]) -> None:
     write_atomically(out / REFUSED, (json.dumps(asdict(entry)).encode() + b"\n" for entry in entries))
 
 
-def _lock(file: BinaryIO, part: Slice, out: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        what = "a conversion" if part.total == 1 else f"a conversion of slice {part}"
-        raise UserError(f"{out}: {what} into this folder is running already; wait for it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        print(f"{out}: this file system has no locks; see to it that no slice runs twice at once", file=sys.stderr)
+@contextmanager
+def held(path: Path, what: str, out: Path) -> Iterator[None]:
+    """Holds a lock: `what` is being written into `out`. UserError if another process does it."""
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: {what} into this folder is running already; wait for it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"{out}: this file system has no locks; see to it that {what} does not run twice", file=sys.stderr)
+        yield

@@ -12,7 +12,7 @@ from pathlib import Path
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import FINISHED, UserError
 from data_tools.fonts import PILLOW, Fonts, installed_fonts, named_fonts
-from data_tools.pool import Report, available_cores, run_jobs
+from data_tools.pool import Report, available_cores, run_in_order
 from data_tools.progress import Progress
 from data_tools.words import Word, render
 
@@ -83,19 +83,14 @@ def synthesize(out: Path, num_samples: int, seed: int, fonts: Fonts, labels: boo
 def _words(num_samples: int, seed: int, fonts: tuple[str, ...], workers: int, progress: Progress) -> Iterator[Word]:
     """The words in order, rendered by `workers` processes."""
     jobs = [Job(seed, first, min(CHUNK, num_samples - first), fonts) for first in range(0, num_samples, CHUNK)]
-    finished: dict[int, list[Word]] = {}
-    following = 0
-    with closing(run_jobs(_render, jobs, workers, progress)) as results:
-        for first, words in results:
-            finished[first] = words
-            while following in finished:
-                yield from finished.pop(following)
-                following += CHUNK
+    with closing(run_in_order(_render, jobs, workers, progress)) as results:
+        for words in results:
+            yield from words
 
 
-def _render(job: Job, done: Report) -> tuple[int, list[Word]]:
+def _render(job: Job, done: Report) -> list[Word]:
     words = []
     for index in range(job.first, job.first + job.count):
         words.append(render(job.seed, index, job.fonts))
         done(1)
-    return job.first, words
+    return words

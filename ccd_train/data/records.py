@@ -300,14 +300,7 @@ class LmdbWriter:
 
     def add(self, image: bytes, label: str | None = None, mask: bytes | None = None) -> None:
         """Appends a record; its number is `count` afterwards."""
-        self.count += 1
-        self._pending.append((b"image-%09d" % self.count, image))
-        if label is not None:
-            self._pending.append((b"label-%09d" % self.count, label.encode()))
-        if mask is not None:
-            self._pending.append((b"mask-%09d" % self.count, mask))
-        if self.count % _BATCH == 0:
-            self._flush()
+        self._add({"image": image, "label": None if label is None else label.encode(), "mask": mask})
 
     def __enter__(self) -> LmdbWriter:
         return self
@@ -315,10 +308,20 @@ class LmdbWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._pending.append((COUNT, b"%d" % self.count))
+        try:
+            if kind is None:
+                self._pending.append((COUNT, b"%d" % self.count))
+                self._flush()
+        finally:
+            self._environment.close()
+
+    def _add(self, parts: dict[str, bytes | None]) -> None:
+        self.count += 1
+        self._pending += [
+            (f"{kind}-{self.count:09d}".encode(), part) for kind, part in parts.items() if part is not None
+        ]
+        if self.count % _BATCH == 0:
             self._flush()
-        self._environment.close()
 
     def _flush(self) -> None:
         while True:
@@ -329,4 +332,8 @@ class LmdbWriter:
                 break
             except lmdb.MapFullError:  # the transaction was undone as a whole
                 self._environment.set_mapsize(self._environment.info()["map_size"] * 2)
+            except lmdb.Error as error:  # a full disk is an input/output error to LMDB
+                raise UserError(
+                    f"{self.path}: cannot be written ({error}); make room or mend the disk, then start again"
+                ) from None
         self._pending.clear()
