@@ -15,7 +15,8 @@ import pytest
 from typefaces import bold, hairline, letter, symbol, write_typeface
 
 from ccd_train.data.masks import decode_mask, decode_rgb, pseudo_mask
-from ccd_train.data.records import LmdbReader
+from ccd_train.data.pixels import decode_codes
+from ccd_train.data.records import LmdbReader, PairedReader
 from ccd_train.errors import UserError
 from data_tools import fonts, synth
 from data_tools.fonts import Fonts, installed_fonts
@@ -94,6 +95,52 @@ def test_labels_and_masks_are_written_only_when_asked_for(tmp_path: Path) -> Non
     synth.main(["--out", str(tmp_path / "plain"), "--num-samples", "3", "--workers", "1"])
     with LmdbReader(tmp_path / "plain") as reader:
         assert reader.image(3) is not None and reader.label(1) is None and reader.mask(1) is None
+
+
+def test_crops_have_the_codes_of_text_segmentation(tmp_path: Path) -> None:
+    options = ["--num-samples", "5", "--seed", "4", "--layout", "crops", "--workers", "1"]
+    assert synth.main(["--out", str(tmp_path / "crops"), *options]) == 0
+    with LmdbReader(tmp_path / "crops") as reader:
+        for number in range(1, 6):
+            word, codes = render(4, number - 1, ()), decode_codes(reader.mask(number) or b"")
+            assert (reader.image(number), reader.label(number)) == (word.image, word.label)
+            assert codes.tolist() == (decode_mask(word.mask) * 100).tolist() and (codes == 100).any()
+
+
+def test_pairs_are_the_words_and_what_is_left_of_them(tmp_path: Path) -> None:
+    """Poor pictures are as large as the good ones, hold no more than half their lines, and depend on (seed, sample)."""
+
+    def write(name: str, count: int, seed: int, workers: int) -> list[tuple[bytes | None, bytes | None, str | None]]:
+        options = ["--num-samples", str(count), "--seed", str(seed), "--layout", "pairs", "--workers", str(workers)]
+        assert synth.main(["--out", str(tmp_path / name), *options]) == 0
+        with PairedReader(tmp_path / name) as reader:
+            return [(reader.image(i), reader.partner(i), reader.label(i)) for i in range(1, len(reader) + 1)]
+
+    pairs = write("one", 70, 4, 1)
+    assert write("two", 66, 4, 2) == pairs[:66] and write("other", 1, 5, 1)[0][1] != pairs[0][1]
+    errors, lost = [], []
+    for index, (good, poor, label) in enumerate(pairs):
+        word = render(4, index, ())
+        assert (good, label) == (word.image, word.label)
+        one, other = decode_rgb(good or b"").astype(float), decode_rgb(poor or b"").astype(float)
+        assert one.shape == other.shape
+        errors.append(((one - other) ** 2).mean())
+        lost.append([np.abs(picture - _at_half(picture)).mean() for picture in (other, one)])
+    assert 15 < 10 * np.log10(255**2 / np.mean(errors)) < 25  # TextZoom's bicubic has 20.35 dB
+    poorer, better = np.mean(lost, axis=0)
+    assert poorer < better / 3  # half the size holds all there is
+
+
+def _at_half(picture: np.ndarray) -> np.ndarray:
+    """What is left of a picture at half its size."""
+    height, width = picture.shape[:2]
+    small = cv2.resize(picture, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def test_a_layout_has_its_own_parts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leave out --labels and --masks"):
+        synth.main(["--out", str(tmp_path / "a"), "--num-samples", "3", "--layout", "pairs", "--masks"])
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:

@@ -302,6 +302,10 @@ class LmdbWriter:
         """Appends a record; its number is `count` afterwards."""
         self._add({"image": image, "label": None if label is None else label.encode(), "mask": mask})
 
+    def add_pair(self, good: bytes, poor: bytes, label: str) -> None:
+        """Appends a pair in TextZoom's layout."""
+        self._add({"image_hr": good, "image_lr": poor, "label": label.encode()})
+
     def __enter__(self) -> LmdbWriter:
         return self
 
