@@ -27,7 +27,7 @@ from data_tools.merge import finish, summary
 from data_tools.plan import Piece, Plan, Settings, SizeCounts, Slice
 from data_tools.pool import Report, available_cores, run_jobs
 from data_tools.progress import Progress
-from data_tools.sources import Origin, find_origins
+from data_tools.sources import Origin, Pictures, find_origins
 from data_tools.state import Outcome, Refused, State, is_whole, write_errors, write_refused
 from data_tools.tar import ShardWriter, directory_of
 from data_tools.versions import check_unwritten, facts_of, to_json
@@ -51,6 +51,8 @@ class Options:
     """Share of the records, above which the conversion stops."""
     with_benchmarks: bool
     """Also convert what is to be measured on, not trained on."""
+    pictures: Pictures | None
+    """Which of TextZoom's pairs."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ def _write_shard(job: Job, done: Report) -> Outcome:
     images, masks = job.origin.readers()
     with images, masks, ShardWriter(job.options.out / piece.file, directory_of(source)) as writer:
         for number in range(piece.first, piece.last + 1):
-            image, mask = images.image(number), masks.mask(number)
+            image, mask = images.image(number), masks.mask(number) if job.origin.masked else None
             label = images.label_bytes(number) if settings.labels == "keep" else None
             try:
                 if image is None:
-                    raise Refusal("missing", f"there is no key image-{number:09d}")
+                    raise Refusal("missing", f"there is no key {job.origin.key}-{number:09d}")
                 if mask is None and settings.masks == "required":
                     raise Refusal("no mask", f"there is no key mask-{number:09d}")
                 extension, image_size = settings.examine(image, label, mask)
@@ -115,7 +117,7 @@ def _write_shard(job: Job, done: Report) -> Outcome:
 
 def convert(options: Options) -> None:
     """Converts what is missing of a slice; if the slice is everything, writes the manifest. UserError if it cannot."""
-    origins = find_origins(options.roots, options.mask_roots, options.with_benchmarks)
+    origins = find_origins(options.roots, options.mask_roots, options.with_benchmarks, options.pictures)
     plan = Plan(options.name, asdict(options.settings), [origin.source for origin in origins])
     state, facts = State(options.out), facts_of(origins)
     state.begin(plan, to_json(facts))
@@ -241,6 +243,11 @@ def _parse(argv: list[str]) -> Options:
     )
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="records that a shard covers (%(default)s)")
     add("--labels", choices=("keep", "drop"), default="keep", help="whether labels go with the images (%(default)s)")
+    add(
+        "--images",
+        choices=("hr", "lr", "both"),
+        help="of pairs in TextZoom's layout: the good pictures, the poor, or both",
+    )
     add("--with-benchmarks", action="store_true", help="take sets to measure on, too; training refuses such shards")
     add("--slice", default="0/1", metavar="i/N", help="convert part i of N, counted from 0; afterwards: ccd-data merge")
     checks.add_options(parser)
@@ -268,4 +275,5 @@ def _parse(argv: list[str]) -> Options:
         part=Slice.parse(given.slice),
         max_refused=given.max_refused,
         with_benchmarks=given.with_benchmarks,
+        pictures=given.images,
     )

@@ -7,12 +7,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from ccd_train.data.benchmarks import Recognised
 from ccd_train.data.guard import benchmark_at
-from ccd_train.data.records import FILE, LmdbReader, find_lmdbs, source_fingerprint
+from ccd_train.data.records import FILE, LmdbReader, PairedReader, find_lmdbs, source_fingerprint
 from ccd_train.data.shards import Source
 from ccd_train.errors import UserError
+from data_tools.kinds import Kind, PoorReader, has_codes, kind_of
 from data_tools.tar import BLOCK
+
+Pictures = Literal["hr", "lr", "both"]
+_READERS: dict[str, type[LmdbReader]] = {
+    "image": LmdbReader,
+    "image_hr": PairedReader,
+    "image_lr": PoorReader,
+}  # by key
+CODED = "masks for text segmentation (codes 0, 100, 200, 255)"
+_TEXTZOOM_TESTS = ("easy", "medium", "hard")  # in `test`
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,10 @@ class Origin:
     path: Path
     mask_path: Path | None
     """Another LMDB with the masks; None: masks, if any, are beside the images."""
+    key: str
+    """What the keys of its images begin with."""
+    masked: bool
+    """Whether its masks, if any, are for pretraining."""
     versions: tuple[tuple[int, int], ...]
     """Of the LMDB and the one with its masks: they change when somebody writes."""
     bytes_per_record: float
@@ -30,7 +46,7 @@ class Origin:
 
     def readers(self) -> tuple[LmdbReader, LmdbReader]:
         """Of the images and of the masks (one and the same if they are together)."""
-        images = LmdbReader(self.path)
+        images = _READERS[self.key](self.path)
         return images, images if self.mask_path is None else LmdbReader(self.mask_path)
 
     def check_unchanged(self) -> None:
@@ -39,10 +55,16 @@ class Origin:
             raise UserError(f"{self.path}: it is being written to; start again when its writer has ended")
 
 
-def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path], with_benchmarks: bool = False) -> list[Origin]:
+def find_origins(
+    roots: Sequence[Path],
+    mask_roots: Sequence[Path],
+    with_benchmarks: bool = False,
+    pictures: Pictures | None = None,
+) -> list[Origin]:
     """All LMDBs of the given roots, in order; benchmarks among them are named and, unless asked for, left out.
 
-    UserError unless every one can be converted.
+    `pictures`: which of TextZoom's pairs to take; each kind is a source of its own. UserError unless every LMDB can be
+    converted.
     """
     inside_masks = [os.path.realpath(root) for root in mask_roots]
     found = [
@@ -51,7 +73,10 @@ def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path], with_benchma
         for path in find_lmdbs(root)
         if not any(Path(os.path.realpath(path)).is_relative_to(masks) for masks in inside_masks)
     ]
-    found = [(root, path) for root, path in found if _is_wanted(path, with_benchmarks)]
+    kinds = {path: kind_of(path) for _, path in found}
+    if pictures is not None and "pairs" not in kinds.values():
+        raise UserError(f"--images {pictures}: no pairs of pictures among the sources; leave it out")
+    found = [(root, path) for root, path in found if _is_wanted(path, kinds[path], with_benchmarks)]
     if not found:
         raise UserError(
             f"{', '.join(map(str, roots))}: nothing but benchmarks, which are not for training; --with-benchmarks "
@@ -64,13 +89,35 @@ def find_origins(roots: Sequence[Path], mask_roots: Sequence[Path], with_benchma
     origins = []
     for (root, path), name in zip(found, names, strict=True):
         mask_path = _mask_path(root, path, mask_roots) if mask_roots else None
-        origins.append(_open(name, path, mask_path))
+        for key in _keys(path, kinds[path], pictures):
+            suffix = key.removeprefix("image").replace("_", "/")  # of pairs: /hr or /lr
+            origins.append(_open(name + suffix, path, mask_path, key, kinds[path]))
     return origins
 
 
-def _is_wanted(path: Path, with_benchmarks: bool) -> bool:
+def _keys(path: Path, kind: Kind, pictures: Pictures | None) -> list[str]:
+    """What the keys of the wanted pictures begin with. UserError if nobody has said which of a pair those are."""
+    if kind != "pairs":
+        return ["image"]
+    if pictures is None:
+        with PairedReader(path) as reader:
+            raise UserError(
+                f"{path}: {len(reader):,} pairs in TextZoom's layout (image_hr-%09d and image_lr-%09d); say which "
+                "pictures to take: --images hr, lr or both"
+            )
+    return ["image_hr", "image_lr"] if pictures == "both" else [f"image_{pictures}"]
+
+
+def _is_wanted(path: Path, kind: Kind, with_benchmarks: bool) -> bool:
     """Says what it finds about a benchmark, or what may be one."""
-    found = benchmark_at(path)
+    if kind == "pairs":
+        place = path.resolve()
+        tested = place.parent.name == "test" and place.name in _TEXTZOOM_TESTS
+        found = Recognised(f"TextZoom {place.name}", True, "pairs in test") if tested else None
+    elif kind == "crops":
+        found = Recognised("TextSeg", True, "crops of its test pictures") if path.resolve().name == "test" else None
+    else:
+        found = benchmark_at(path)
     if found is None:
         return True
     what = f"{path}: {'' if found.certain else 'bears the name of '}the benchmark {found.name} ({found.why})"
@@ -105,8 +152,8 @@ def _versions(images: LmdbReader, masks: LmdbReader) -> tuple[tuple[int, int], .
     return (images.version(),) if masks is images else (images.version(), masks.version())
 
 
-def _open(name: str, path: Path, mask_path: Path | None) -> Origin:
-    images = LmdbReader(path)
+def _open(name: str, path: Path, mask_path: Path | None, key: str, kind: Kind) -> Origin:
+    images = _READERS[key](path)
     masks = images if mask_path is None else LmdbReader(mask_path)
     with images, masks:
         versions = _versions(images, masks)
@@ -115,6 +162,12 @@ def _open(name: str, path: Path, mask_path: Path | None) -> Origin:
             raise UserError(f"{mask_path}: no mask-%09d keys here; give LMDBs with masks as --mask-src")
         if mask_path is not None:
             masks.check_numbers("mask", records)
+            if has_codes(masks, records):
+                raise UserError(f"{mask_path}: {CODED}, which pretraining does not take; leave out --mask-src")
+        elif kind == "crops":
+            print(f"{path}: {CODED}: they are ignored, its images are taken", flush=True)
         fingerprint, probed = source_fingerprint(images, masks)
     bytes_in_tar = sum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK for sizes in probed for size in sizes)
-    return Origin(Source(name, records, fingerprint), path, mask_path, versions, bytes_in_tar / len(probed))
+    return Origin(
+        Source(name, records, fingerprint), path, mask_path, key, kind != "crops", versions, bytes_in_tar / len(probed)
+    )
