@@ -29,13 +29,14 @@ from ccd_train.data.shards import write_atomically
 from ccd_train.errors import FINISHED, UserError
 from ccd_train.files import sync_folder
 from data_tools.merge import summary
+from data_tools.partners import RECORD, hash_record
 from data_tools.pool import Report, available_cores, run_in_order
 from data_tools.progress import Progress
 from data_tools.state import held, write_errors
 from data_tools.textseg import Cut, Finding, Pictures, Shape, Slices, open_pictures
 
 FORMAT = 1
-RECORD, FINDINGS, UNFINISHED = "crops.json", "findings.jsonl", ".crops"
+FINDINGS, UNFINISHED = "findings.jsonl", ".crops"
 _PLAN, _LOCK = "plan.json", "lock"
 _CHUNK = 16  # pictures that a process takes at once
 NOT_COMPARABLE = (
@@ -157,7 +158,8 @@ class Home:
                         outcome.examples.setdefault(finding.kind, f"{finding.picture} {finding.word}".rstrip())
                 for crop in cut.crops:
                     writer.add(crop.image, crop.label, crop.mask)
-                    digest.update(repr((crop.image, crop.label, crop.mask)).encode())
+                    label = None if crop.label is None else crop.label.encode()
+                    hash_record(digest, crop.image, crop.mask, label)
             outcome.crops = writer.count
         outcome.left_out, outcome.noted = dict(sorted(left_out.items())), dict(sorted(noted.items()))
         outcome.codes = {str(code): count for code, count in sorted(codes.items())}

@@ -1,7 +1,9 @@
-"""`ccd-data inspect DIR`: a page and a contact sheet that show what is in a folder of shards.
+"""A page and a contact sheet that show what is in a folder of shards, or in LMDBs of pairs or crops.
 
-Sizes and refused records are those of the whole folder (its manifest counted them); contrast, aspect ratio and
-characters are measured on a random part of it, the same one every time.
+    ccd-data inspect DIR            a folder of shards; TextZoom's pairs; word crops with masks (`ccd-data crops`)
+
+Of shards, sizes and refused records are those of the whole folder (its manifest counted them); contrast, aspect ratio
+and characters are measured on a random part of it, the same one every time. Of LMDBs, evenly spread records are seen.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ import cv2
 import numpy as np
 
 from ccd_train.data.masks import (
-    HEIGHT,
-    WIDTH,
     UndecodableImage,
     decode_mask,
     decode_rgb,
@@ -26,12 +26,14 @@ from ccd_train.data.masks import (
 )
 from ccd_train.data.shards import Corpus, DamagedSampleError, Manifest, read_manifest
 from ccd_train.errors import FINISHED, UserError
+from data_tools.gallery import show
 from data_tools.page import Histogram, Table, write_page
+from data_tools.partners import find_partners
 from data_tools.progress import Progress
+from data_tools.sheet import arrange, cell, encode
 
 SLOTS, MIN_PIXELS = 26, 30  # of character regions, as in training
-SCALE = 1.5  # of the crops on the contact sheet
-COLUMNS = 8
+CAPTION = "The crop as the network sees it, its pseudo-mask, and its character regions from left to right."
 COLOURS = ((255, 99, 71), (60, 179, 113), (65, 135, 245), (255, 200, 40), (200, 90, 230), (70, 210, 210))
 
 
@@ -58,34 +60,36 @@ class Look:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ccd-data inspect", description="A page that shows what is in the shards.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards")
+    """`ccd-data inspect`: see the module's docstring."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("ccd-data inspect", description=__doc__, formatter_class=formatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards, or LMDBs of pairs or crops")
     parser.add_argument("--out", type=Path, help="where to write inspect.html and inspect.png (default: DIR)")
     parser.add_argument("--measure", type=int, default=2000, help="samples to measure (default 2000)")
     parser.add_argument("--show", type=int, default=64, help="samples on the contact sheet (default 64)")
     options = parser.parse_args(argv)
     if options.measure < 1 or not 1 <= options.show <= 1000:
         raise UserError("--measure must be 1 or more, and --show between 1 and 1000")
-    out = options.out or options.folder
-    manifest, corpus = read_manifest(options.folder), Corpus.open(options.folder)
-    looks, unreadable = take_looks(corpus, max(options.measure, options.show))
-    if not looks:
-        raise UserError(f"{options.folder}: none of {unreadable} samples can be read; ccd-data verify tells more")
-    sheet = cv2.imencode(".png", contact_sheet(looks[: options.show])[..., ::-1])[1].tobytes()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "inspect.png").write_bytes(sheet)
-        tables = [
-            summary(manifest, looks, unreadable),
-            sources(manifest),
-            refused(manifest),
-            shown(looks[: options.show]),
-        ]
-        write_page(out / "inspect.html", f"Shards {manifest.name}", sheet, histograms(manifest, looks), tables)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
-    print(f"{out / 'inspect.html'} and inspect.png: {len(looks)} samples measured, {unreadable} unreadable")
+    out, measure = options.out or options.folder, max(options.measure, options.show)
+    partners = find_partners(options.folder)
+    if partners:
+        print(show(options.folder.name, partners, out, measure, options.show))
+    else:
+        print(_show_shards(options.folder, out, measure, options.show))
     return FINISHED
+
+
+def _show_shards(folder: Path, out: Path, measure: int, shown_samples: int) -> str:
+    """Writes the page about a folder of shards; returns a line."""
+    manifest, corpus = read_manifest(folder), Corpus.open(folder)
+    looks, unreadable = take_looks(corpus, measure)
+    if not looks:
+        raise UserError(f"{folder}: none of {unreadable} samples can be read; ccd-data verify tells more")
+    chosen = looks[:shown_samples]
+    tables = [summary(manifest, looks, unreadable), sources(manifest), refused(manifest), shown(chosen)]
+    sheet = encode(contact_sheet(chosen))
+    write_page(out, f"Shards {manifest.name}", sheet, histograms(manifest, looks), tables, CAPTION)
+    return f"{out / 'inspect.html'} and inspect.png: {len(looks)} samples measured, {unreadable} unreadable"
 
 
 def take_looks(corpus: Corpus, count: int) -> tuple[list[Look], int]:
@@ -145,22 +149,13 @@ def intersection_over_union(one: np.ndarray, other: np.ndarray) -> float:
 
 def contact_sheet(looks: Sequence[Look]) -> np.ndarray:
     """uint8 [H, W, 3]: each sample's crop, mask, regions, and a line of figures."""
-    cells = [_cell(number, sample) for number, sample in enumerate(looks)]
-    blank = np.full_like(cells[0], 255)
-    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
-    rows[-1] += [blank] * (COLUMNS - len(rows[-1]) if len(rows) > 1 else 0)
-    return np.vstack([np.hstack(row) for row in rows])
+    return arrange([_cell(number, sample) for number, sample in enumerate(looks)])
 
 
 def _cell(number: int, sample: Look) -> np.ndarray:
     palette = np.array([(24, 24, 24), *(COLOURS[slot % len(COLOURS)] for slot in range(SLOTS))], np.uint8)
     tiles = (sample.image, np.repeat(sample.mask[..., None] * np.uint8(255), 3, axis=2), palette[sample.regions])
-    size = (int(WIDTH * SCALE), int(HEIGHT * SCALE))
-    stacked = np.vstack([cv2.resize(tile, size, interpolation=cv2.INTER_NEAREST) for tile in tiles])
-    line = np.full((16, size[0], 3), 255, np.uint8)
-    text = f"{number}: {sample.width}x{sample.height}, {sample.characters} regions"
-    cv2.putText(line, text, (2, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.pad(np.vstack([stacked, line]), ((4, 4), (4, 4), (0, 0)), constant_values=255)
+    return cell(tiles, f"{number}: {sample.width}x{sample.height}, {sample.characters} regions")
 
 
 def histograms(manifest: Manifest, looks: Sequence[Look]) -> list[Histogram]:

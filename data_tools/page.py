@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ccd_train.errors import UserError
+
 BAR, GAP, HEIGHT, FOOT = 22, 4, 120, 46  # pixels of a histogram
 
 STYLE = """
@@ -41,22 +43,32 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def write_page(path: Path, title: str, sheet: bytes, histograms: Sequence[Histogram], tables: Sequence[Table]) -> None:
-    """Writes the page with a contact sheet (PNG)."""
+def write_page(
+    out: Path, title: str, sheet: bytes, histograms: Sequence[Histogram], tables: Sequence[Table], caption: str
+) -> None:
+    """Writes inspect.html with a contact sheet (PNG), of which the caption says what it shows; and inspect.png.
+
+    UserError if it cannot.
+    """
     picture = base64.b64encode(sheet).decode()
     parts = [
         f"<h1>{escape(title)}</h1>",
         _table(tables[0]),
         "<h2>Samples</h2>",
-        "<p>The crop as the network sees it, its pseudo-mask, and its character regions from left to right.</p>",
-        f'<img alt="Contact sheet: crops, pseudo-masks and regions" src="data:image/png;base64,{picture}">',
+        f"<p>{escape(caption)}</p>",
+        f'<img alt="Contact sheet" src="data:image/png;base64,{picture}">',
         "<h2>Distributions</h2>",
         *map(_histogram, histograms),
         *map(_table, tables[1:]),
     ]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    path.write_text(page, encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "inspect.png").write_bytes(sheet)
+        (out / "inspect.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
 
 
 def _histogram(histogram: Histogram) -> str:

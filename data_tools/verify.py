@@ -1,7 +1,8 @@
-"""Are the shards what they were when they were made?
+"""Are the shards what they were when they were made? Are pairs and crops whole?
 
     ccd-data verify DIR             hashes, sizes, offsets, counts, gaps, duplicate keys; damage is traced to its member
     ccd-data verify DIR --deep      also decodes every image and mask
+    ccd-data verify LMDBS           TextZoom's pairs, word crops with masks: decodes all, compares sizes, counts codes
 
 Exit code 0: all is well. 1: something is damaged, with a line for each finding. 2: nothing to verify.
 """
@@ -35,7 +36,9 @@ from ccd_train.data.shards import (
 from ccd_train.errors import FINISHED, UserError
 from data_tools.images import Refusal, check_decodes, check_mask
 from data_tools.index import INDEXED
+from data_tools.kinds import Kind
 from data_tools.merge import contents
+from data_tools.partners import RECORD, find_partners, is_as_recorded, open_partners, walk_partners
 from data_tools.pool import Report, available_cores, run_jobs
 from data_tools.progress import Progress
 from data_tools.tar import BadTar, TarSample, read_samples
@@ -235,12 +238,31 @@ def verify(folder: Path, deep: bool, workers: int) -> bool:
     return not problems
 
 
+def verify_partners(path: Path, kind: Kind) -> bool:
+    """Prints what is wrong with an LMDB of pairs or crops, and what is in it; returns whether nothing is wrong."""
+    survey = open_partners(path, kind)
+    with Progress("verify", survey.records, "records") as progress:
+        for _ in walk_partners(survey, range(1, survey.records + 1)):
+            progress.update(1)
+    if kind == "crops" and is_as_recorded(path) is False:
+        survey.note(survey.wrong, "changed", f"not the crops of {path.parent / RECORD}: they were changed since")
+    for found in survey.wrong:
+        for line in survey.lines[found][:_LINES]:
+            print(f"{path}: {line}")
+    print(f"{path}: {survey.told}{'' if survey.wrong else '; all intact'}")
+    return not survey.wrong
+
+
 def main(argv: list[str]) -> int:
     """`ccd-data verify`: see the module's docstring."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("ccd-data verify", description=__doc__, formatter_class=formatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of shards, or LMDBs of pairs or crops")
     parser.add_argument("--deep", action="store_true", help="also decode every image and mask")
     parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (%(default)s)")
     given = parser.parse_args(argv)
+    partners = find_partners(given.folder)
+    if partners:
+        intact = [verify_partners(path, kind) for path, kind in partners.items()]
+        return FINISHED if all(intact) else DAMAGED
     return FINISHED if verify(given.folder, given.deep, given.workers) else DAMAGED

@@ -18,6 +18,7 @@ from ccd_train.data.shards import Corpus
 from ccd_train.errors import UserError
 from ccd_train.models.regions import label_regions
 from data_tools import convert, inspect
+from data_tools import sheet as sheet_of
 from data_tools.words import render
 from tests.conftest import Tiny
 
@@ -72,8 +73,8 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
 
 def test_the_sheet_shows_crop_mask_and_regions(page: Path) -> None:
     sheet = cv2.imread(str(page / "inspect.png"))
-    cell = (int(128 * inspect.SCALE) + 8, 3 * int(32 * inspect.SCALE) + 16 + 8)
-    assert sheet.shape[:2] == (3 * cell[1], inspect.COLUMNS * cell[0])  # 20 samples in rows of 8
+    cell = (int(128 * sheet_of.SCALE) + 8, 3 * int(32 * sheet_of.SCALE) + 16 + 8)
+    assert sheet.shape[:2] == (3 * cell[1], sheet_of.COLUMNS * cell[0])  # 20 samples in rows of 8
     mask = sheet[4 + 48 : 4 + 96, 4 : 4 + 192]
     assert set(np.unique(mask)) == {0, 255}
     regions = sheet[4 + 96 : 4 + 144, 4 : 4 + 192].reshape(-1, 3)
