@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 from pages import CHECKOUT, OPTION, Command, called, commands
+from textseg import write_release
 from words import write as write_recognizer
 
 from ccd_train import distributed
@@ -127,6 +128,11 @@ def plant(root: Path) -> None:
     ):
         for number in range(1, len(images) + 1):
             writer.add(images.image(number) or b"", mask=leaked.mask)
+    write_release(root / "TextSeg", {"train": 2, "val": 1, "test": 1})
+    for part in ("train1", "train2", "test/easy"):
+        with LmdbWriter(root / "TextZoom" / part) as writer:
+            for word in (next(words) for _ in range(3)):
+                writer.add_pair(word.image, word.image, word.label)
     write_recognizer(root / "runs/recognizer/export")
     (root / "runs/recognizer/checkpoints").mkdir()
     (root / "photos").mkdir()
@@ -173,7 +179,7 @@ def data_tool(words: list[str]) -> int:
         arguments[arguments.index("--out") + 1] += "_sliced"
     if name == "merge" and Path(f"{arguments[0]}_sliced").is_dir():
         arguments = [f"{arguments[0]}_sliced"]
-    if name in ("synth", "convert", "overlap"):
+    if name in ("synth", "convert", "overlap", "crops"):
         arguments += ["--workers", "1"]
     return int(importlib.import_module(f"data_tools.{name}").main(arguments))
 
