@@ -45,7 +45,7 @@ def read_polygon(flat: object) -> np.ndarray:
     """float64 [N, 2], x and y of each corner, from `[x1, y1, x2, y2, …]`. Raises Refusal unless it has an area."""
     try:
         corners = np.array(flat, np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Refusal("polygon", f"no list of x and y: {str(flat)[:60]}") from None
     if len(corners) < 3 or not np.isfinite(corners).all() or np.abs(corners).max() > 1e6:
         raise Refusal("polygon", f"no polygon: {str(flat)[:60]}")

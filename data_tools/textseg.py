@@ -35,6 +35,7 @@ from data_tools.polygons import Box, box_about, read_polygon, rectangle_about, s
 
 Shape = Literal["box", "upright"]
 LEAST_SIDE = 4  # pixels of a crop
+LARGEST_SIDE = (1 << 15) - 1  # that OpenCV turns
 JPEG_QUALITY = 95
 MAX_PIXELS = 1 << 27  # of a picture: a small file may unfold to fill the memory
 SPLIT = "split.json"
@@ -261,7 +262,7 @@ def _read_splits(file: Path) -> dict[str, tuple[str, ...]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); unpack the release again") from None
     named = isinstance(stored, dict) and all(
-        re.fullmatch(r"\w+", name) and isinstance(pictures, list) and all(isinstance(one, str) for one in pictures)
+        name in _SLICES and isinstance(pictures, list) and all(isinstance(one, str) for one in pictures)
         for name, pictures in stored.items()
     )
     if not (named and stored):
@@ -292,8 +293,11 @@ def _cut_word(
     if shape == "box":
         return box.of(image), box.of(codes)
     rectangle = rectangle_about(polygon)
-    if min(size_of(rectangle)) == 0:
-        raise Refusal("too small", "{}×{} pixels".format(*size_of(rectangle)))
+    width, height = size_of(rectangle)
+    if min(width, height) == 0:
+        raise Refusal("too small", f"{width}×{height} pixels")
+    if max(width, height) > LARGEST_SIDE:
+        raise Refusal("polygon", f"{width}×{height} pixels, many times the picture")
     return turn_upright(image, codes, rectangle, outside=IGNORED)  # type: ignore[return-value]
 
 

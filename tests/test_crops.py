@@ -169,6 +169,13 @@ def test_beyond_the_picture_an_upright_crop_is_ignored(release: Path, tmp_path: 
     assert set(np.unique(mask[:, :18])) == {255} and 255 not in mask[:, 26:]
 
 
+def test_a_polygon_many_times_the_picture_is_not_turned(release: Path, tmp_path: Path) -> None:
+    _words(release, bbox=[10, 10, 90_000, 10, 90_000, 90, 10, 90])
+    found = cut(release, tmp_path / "upright", "--shape", "upright")["splits"]["train"]
+    assert found["left_out"] == {"polygon": 1}
+    assert cut(release, tmp_path / "box")["splits"]["train"]["noted"]["clipped"] >= 1
+
+
 def _palette(release: Path) -> None:
     image = Image.fromarray(BLANK).convert("P")
     image.save(release / "semantic_label/a00002_maskfg.png")
@@ -208,6 +215,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {  # what i
     "a line": (lambda r: _words(r, bbox=[10, 10, 40, 10, 40, 10, 10, 10]), "no area", "without area", 1),
     "a word for a polygon": (lambda r: _words(r, bbox="here"), "polygon", "no list of x and y: here", 1),
     "not a number": (lambda r: _words(r, bbox=[1, 2, float("nan"), 4, 5, 6, 7, 8]), "polygon", "no polygon", 1),
+    "a huge number": (lambda r: _words(r, bbox=[10**400] * 8), "polygon", "no list of x and y", 1),
     "no polygon": (lambda r: _words(r, bbox=None), "polygon", "no 'bbox' in its annotation, but 'text', 'char'", 1),
     "three rows": (lambda r: _words(r, bbox=[10, 10, 90, 10, 90, 13, 10, 13]), "too small", "80×3 pixels", 1),
     "bare ground": (lambda r: save(r, "a00002", codes=BLANK), "no text", "code 100", 3),
@@ -270,6 +278,7 @@ def test_a_split_without_a_crop_has_no_lmdb(release: Path, tmp_path: Path) -> No
         ('{"train": ["a00001"], "test": ["a00001"]}', "names 1 pictures twice"),
         ('{"train": ["../a00001"]}', "no name of a picture"),
         ('{"../train": ["a00001"]}', "not of the form"),
+        ('{"train": "a00001"}', "not of the form"),
     ],
 )
 def test_splits_that_cannot_be_used(split: str | None, message: str, release: Path, tmp_path: Path) -> None:

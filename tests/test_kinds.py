@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from crops import REAL, change, contents, crop, write_words
 
-from ccd_train.data.records import LmdbWriter, PairedReader
+from ccd_train.data.records import LmdbReader, LmdbWriter, PairedReader
 from ccd_train.data.shards import Corpus, read_manifest
 from ccd_train.errors import UserError
 from data_tools import convert, synth
@@ -111,6 +111,11 @@ def test_masks_for_segmentation_are_ignored_and_others_taken(
         assert sum(shard.labels for shard in shards) == 4
     with pytest.raises(UserError, match="leave out --mask-src"):
         run(tmp_path / "masked", tmp_path / "out", "--mask-src", str(tmp_path / "crops"))
+
+
+def test_who_wants_words_is_told_of_pairs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"these are TextZoom's pairs .* not words: an upscaler's recipe"):
+        len(LmdbReader(write_pairs(tmp_path / "pairs")))
 
 
 @pytest.mark.real

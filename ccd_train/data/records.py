@@ -196,6 +196,11 @@ class LmdbReader:
         """What an LMDB holds that is none of word images, and what to do with it."""
         if self.has("mask"):
             return "these are masks (mask-%09d) without images; name it, or the folder it is in, as --mask-src"
+        if self.has("image_hr") or self.has("image_lr"):
+            return (
+                "these are TextZoom's pairs (image_hr-%09d, image_lr-%09d), not words: an upscaler's recipe learns "
+                "from them, and `ccd-data convert --images` takes their pictures for pretraining"
+            )
         if self.has("label"):
             return "this LMDB holds labels but no images; give one with images"
         with self._environment().begin() as transaction, transaction.cursor() as cursor:
