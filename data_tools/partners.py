@@ -78,11 +78,15 @@ class Survey:
 
 
 def find_partners(folder: Path) -> dict[Path, Kind]:
-    """The LMDBs of pairs or crops at or below a folder that holds no shards; those of words are not among them."""
+    """The LMDBs of pairs or crops at or below a folder that holds no shards; says which hold words beside them."""
     if not folder.is_dir() or (folder / MANIFEST).exists():
         return {}
     kinds = {path: kind_of(path) for path in look_into(folder).lmdbs}
-    return {path: kind for path, kind in kinds.items() if kind != "words"}
+    partners: dict[Path, Kind] = {path: kind for path, kind in kinds.items() if kind != "words"}
+    if partners:
+        for path in sorted(kinds.keys() - partners.keys()):
+            print(f"{path}: words, which become shards first: not looked at")
+    return partners
 
 
 def open_partners(path: Path, kind: Kind) -> Survey:

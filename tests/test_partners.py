@@ -130,6 +130,12 @@ def test_words_are_told_to_become_shards(tmp_path: Path) -> None:
             look.main([str(tmp_path / "words")])
 
 
+def test_words_beside_pairs_are_named(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_words(pairs.parent / "words", 3)
+    text = said(pairs.parent, 0, capsys)
+    assert "data/words: words, which become shards first: not looked at" in text and text.count("all intact") == 1
+
+
 def test_the_page_shows_both_pictures(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(pairs, {"image_lr-000000002": None, "label-000000003": b"<b>&"})
     assert inspect.main([str(pairs.parent), "--out", str(tmp_path / "page"), "--show", "8"]) == 0
