@@ -1,6 +1,7 @@
 """LMDBs of word crops → shards. Image bytes are copied as they are.
 
     ccd-data convert --src LMDB_OR_TREE [--src …] --out DIR --name NAME
+    ccd-data convert --src TEXTZOOM --out DIR --name NAME --images hr      (the good pictures of pairs; lr, both)
     ccd-data convert --src TREE --out DIR --name NAME --slice 3/8          (each of 0/8 … 7/8; then ccd-data merge DIR)
 
 A shard is a fixed range of --samples-per-shard records of one source, less those that are refused. So what a shard

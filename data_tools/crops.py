@@ -122,6 +122,8 @@ class Home:
             foreign = sorted({entry.name for entry in os.scandir(self.out)} - {UNFINISHED, FINDINGS})
             if foreign:
                 raise self._refusal(f"not empty (it holds {foreign[0]!r})")
+            for stale in self.folder.glob("*.json*"):  # of a run that was killed while it gave up
+                stale.unlink()
             write_atomically(self.folder / _PLAN, [_json(self._plan)])
         elif known != self._plan:
             differing = [key for key in self._plan if known.get(key) != self._plan[key]]
@@ -181,6 +183,7 @@ class Home:
             raise UserError(f"{self.out}: not a single crop is left; {FINDINGS} there names what was left out and why")
         for split in outcomes:
             if (self.folder / split).is_dir():
+                shutil.rmtree(self.out / split, ignore_errors=True)  # what is left of one that lost its data
                 (self.folder / split).rename(self.out / split)
         sync_folder(self.out)
         if self.record is None:

@@ -348,11 +348,25 @@ def test_what_is_lost_is_made_again(release: Path, tmp_path: Path, monkeypatch: 
     shutil.rmtree(tmp_path / "out/train")
     cut(release, tmp_path / "out")
     assert everything(tmp_path / "out") == before
+    (tmp_path / "out/val/data.mdb").unlink()
+    cut(release, tmp_path / "out")
+    assert everything(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out/train")
     monkeypatch.setattr(textseg, "JPEG_QUALITY", 50)
     for _ in range(2):
         with pytest.raises(UserError, match=r"made again, it is not what crops\.json says"):
             cut(release, tmp_path / "out")
+
+
+def test_what_another_run_has_half_forgotten_is_not_taken(release: Path, tmp_path: Path) -> None:
+    cut(release, tmp_path / "out")
+    stale = tmp_path / "new/.crops"
+    shutil.copytree(tmp_path / "out/val", stale / "train")
+    (stale / "train.json").write_text(
+        json.dumps(json.loads((tmp_path / "out/crops.json").read_text())["splits"]["val"])
+    )
+    cut(release, tmp_path / "new")
+    assert everything(tmp_path / "new") == everything(tmp_path / "out")
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
