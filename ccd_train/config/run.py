@@ -108,6 +108,8 @@ class Log:
     """Steps between two lines of metrics.jsonl."""
     pictures_every_steps: int = 1000
     """Steps between two pictures of views, masks, regions and features; 0: none."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of which rank 0 writes a trace, and on GPUs a memory snapshot, to RUN/profile; (): none."""
     wandb: str | None = None
     """Also log to this project of Weights & Biases; its package must be installed."""
     verbose: bool = field(default=False, metadata={"alias": "-v"})
@@ -120,6 +122,9 @@ class Log:
     def check(self) -> None:
         require(self.every_steps >= 1, "log.every_steps", self.every_steps, "must be 1 or more")
         require(self.pictures_every_steps >= 0, "log.pictures_every_steps", self.pictures_every_steps, "must be ≥ 0")
+        steps = self.profile_steps
+        pair = not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1])
+        require(pair, "log.profile_steps", steps, "give the first and the last step: --log.profile_steps 100 105")
         there = self.wandb is None or importlib.util.find_spec("wandb") is not None
         require(there, "log.wandb", self.wandb, "the package is not installed: pip install wandb, or drop the option")
 

@@ -58,6 +58,11 @@ GPUS = {
 }
 
 
+def gpu_called(name: str) -> Gpu | None:
+    """The GPU whose name CUDA gives as this, if it is among those whose speed is known here."""
+    return next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+
+
 def parameters(model: Model) -> dict[str, int]:
     """Of the student's parts; the teacher has all but the segmentation head."""
     d, c, h, b = model.width, model.segmentation_width, model.head_hidden, model.head_bottleneck

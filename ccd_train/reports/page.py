@@ -21,7 +21,7 @@ import numpy as np
 from ccd_train.config.pretraining import Config
 from ccd_train.drawing.charts import COLORS, Line, Mark, chart, number
 from ccd_train.durations import duration
-from ccd_train.models.budget import GPUS, training_flops
+from ccd_train.models.budget import gpu_called, training_flops
 from ccd_train.reports.history import History
 
 # Figures that share a chart of one run; whatever else is logged gets a chart of its own.
@@ -95,7 +95,7 @@ def _costs(run: History) -> dict[str, str]:
 def _share_of_limit(run: History, rate: float) -> str:
     """Of the matrix units, from the arithmetic of the network and the speed of one GPU."""
     device = run.lives[-1].device if run.lives else "unknown"
-    gpu = next((gpu for gpu in GPUS.values() if gpu.name in device), None)
+    gpu = gpu_called(device)
     if gpu is None or not isinstance(run.config, Config) or "characters" not in run.metrics:
         return f"not known for {device}"
     flops = training_flops(run.config.model, float(np.nanmean(run.metrics["characters"])))

@@ -129,9 +129,10 @@ class Metrics:
 
     def _show(self, values: Mapping[str, float]) -> None:
         left = (self._last_step - values["step"]) * values["samples"] / values["step"] / values["samples_per_second"]
+        peak = f"{values['of_peak']:.0%} of the peak, " if "of_peak" in values else ""
         text = (
             f"{values['samples']:,.0f} samples, epoch {values['epoch']:.2f}, loss {values['loss']:.4f}, "
-            f"{values['samples_per_second']:.0f} samples/s, {values['data_wait']:.0%} waiting for data, "
+            f"{values['samples_per_second']:.0f} samples/s, {peak}{values['data_wait']:.0%} waiting for data, "
             f"{duration(left)} left"
         )
         if self._terminal:

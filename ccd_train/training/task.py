@@ -3,7 +3,7 @@
 A task's members in the order in which a run calls them:
 
     open, network, start, copy, batches, restore            building: data, networks, where to go on
-    begin_step, losses, end_step, figures                   each step
+    begin_step, losses, end_step, figures, operations       each step
     validate, pictures, alarms                              now and then
     state, tensors                                          each checkpoint
     over, remarks                                           the end
@@ -103,6 +103,10 @@ class Task(ABC):
 
         `sums`: the figures [n] of `losses`, summed over the `home.micro_batches` of all ranks.
         """
+
+    def operations(self, figures: dict[str, float]) -> float | None:
+        """Floating-point operations of the step with these figures, on all ranks; None: not counted."""
+        return None
 
     # Now and then
 

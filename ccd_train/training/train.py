@@ -28,8 +28,10 @@ from ccd_train.errors import (
     TrainingError,
     UserError,
 )
+from ccd_train.models.budget import gpu_called
 from ccd_train.training.life import write_outcome
 from ccd_train.training.metrics import Metrics
+from ccd_train.training.profiler import Profiler, memory_is_full
 from ccd_train.training.run import Run, begin
 from ccd_train.training.task import Task
 from ccd_train.training.watch import lost_in
@@ -73,10 +75,13 @@ class StepBatches(Iterator[Batch]):
 
 
 class Pace:
-    """Samples per second, and the share of time spent waiting for data, since `begin`."""
+    """Samples per second, the share of time spent waiting for data, and that of the GPUs' peak, since `begin`."""
 
     def __init__(self, global_batch: int) -> None:
         self._global_batch = global_batch
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        gpu = gpu_called(name)
+        self._peak = None if gpu is None else gpu.matrix_flops * distributed.world_size()
         self.begin()
 
     def begin(self) -> None:
@@ -87,9 +92,14 @@ class Pace:
         """Counts a step, in which this rank waited so many seconds for data."""
         self._waited, self._steps = self._waited + waited, self._steps + 1
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, operations: float | None) -> dict[str, float]:
+        """`operations`: of a step."""
         seconds = time.monotonic() - self._began
-        return {"samples_per_second": self._steps * self._global_batch / seconds, "data_wait": self._waited / seconds}
+        rate = self._steps / seconds
+        found = {"samples_per_second": rate * self._global_batch, "data_wait": self._waited / seconds}
+        if operations is not None and self._peak is not None:
+            found["of_peak"] = rate * operations / self._peak
+        return found
 
 
 def train_step(run: Run[Any], logged: bool) -> Step:
@@ -132,16 +142,19 @@ def train_step(run: Run[Any], logged: bool) -> Step:
 def train(run: Run[Any], metrics: Metrics | None) -> bool:
     """Steps until the end of the run (True), or until a rank was asked to stop (False)."""
     task, settings, pace = run.task, run.config.log, Pace(run.global_batch)
+    profiler = Profiler(run.run_dir, settings.profile_steps)
     while not run.over:
         coming = run.progress.step + 1
         due = task.validate_every > 0 and (coming % task.validate_every == 0 or coming == run.last_step)
         logged = due or coming % settings.every_steps == 0 or coming == run.last_step
+        profiler.before(coming)
         step = train_step(run, logged)
+        profiler.after(coming)
         pace.count(step.waited)
         if metrics is not None:
             metrics.advance()
         if logged:
-            log_step(run, step.figures | pace.figures(), due, metrics)
+            log_step(run, step.figures | pace.figures(task.operations(step.figures)), due, metrics)
         if metrics is not None and settings.pictures_due(coming):
             for name, sheet in task.pictures().items():
                 metrics.picture(name, sheet, coming)
@@ -150,6 +163,7 @@ def train(run: Run[Any], metrics: Metrics | None) -> bool:
         run.keep(step.stop, step.written)
         if step.stop:
             break
+    profiler.close(run.progress.step)
     return run.over
 
 
@@ -176,10 +190,10 @@ def guarded(run: Run[Any]) -> Iterator[Metrics | None]:
             metrics = Metrics(run.run_dir, run.progress.step, run.last_step, run.config.log.wandb)
         yield metrics
     except torch.OutOfMemoryError:
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak, snapshot = torch.cuda.max_memory_allocated() / 2**30, memory_is_full(run.run_dir)
         raise TrainingError(
             f"rank {distributed.rank()}: out of GPU memory in step {run.progress.step + 1} (peak {peak:.1f} GiB); "
-            "lower --train.micro_batch_size, or use --train.activation_checkpointing"
+            f"lower --train.micro_batch_size, or use --train.activation_checkpointing; what lay there: {snapshot}"
         ) from None
     except RuntimeError as error:
         if lost_in(error):

@@ -32,7 +32,7 @@ from ccd_train.data.guard import check_shards, refuse_twice
 from ccd_train.data.loader import Batches, Share, loader, sample_order
 from ccd_train.data.shards import Corpus
 from ccd_train.errors import TrainingError
-from ccd_train.models import ccd
+from ccd_train.models import budget, ccd
 from ccd_train.models.losses import Center, distillation_loss, segmentation_loss
 from ccd_train.tasks.pretrain import gallery, health, pictures
 from ccd_train.tasks.pretrain.pictures import Seen
@@ -216,6 +216,9 @@ class Pretraining(Task):
             return figures
         statistics = self.statistics | {"center_norm": self.center.value.norm()}
         return figures | dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
+
+    def operations(self, figures: dict[str, float]) -> float:
+        return self.home.global_batch * budget.training_flops(self.config.model, figures["characters"])
 
     # Now and then
 
