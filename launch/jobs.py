@@ -14,6 +14,7 @@ from ccd_train.data.records import find_lmdbs
 from ccd_train.errors import UserError
 from launch import slurm
 from launch.outcome import parse_training
+from launch.outlook import outlook
 from launch.preflight import check_batch, check_settings, check_writable
 from launch.script import array, render
 
@@ -28,6 +29,8 @@ class Job:
     folder: Path
     name: str
     text: str
+    outlook: list[tuple[str, str]]
+    """What it will do, for a dry run: lines with a name."""
 
     def submit(self, *options: str) -> str:
         """Writes the script and submits it; returns the job's number. One that can never start is refused."""
@@ -46,7 +49,9 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
     settings = [*settings, "--run_dir", str(run_dir)]
     config = parse_training(arguments.trains, settings)
     processes = arguments.gpus_per_node or arguments.processes_per_node
-    check_settings(config, gpus=bool(arguments.gpus_per_node or arguments.gres), later=arguments.after is not None)
+    size = check_settings(
+        config, gpus=bool(arguments.gpus_per_node or arguments.gres), later=arguments.after is not None
+    )
     facts = None
     if not arguments.dry_run:
         from launch.rehearsal import rehearse  # imports torch, which takes seconds
@@ -77,7 +82,8 @@ def training(arguments: Namespace, settings: list[str]) -> Job:
     options |= passed_on(arguments)
     check_time(options)
     text = render("slurm_pretrain.sbatch", options, lines)
-    return Job(log_folder(run_dir), f"{arguments.trains}.sbatch", text)
+    told = outlook(config, size, batch, arguments, options)
+    return Job(log_folder(run_dir), f"{arguments.trains}.sbatch", text, told)
 
 
 def sharding(arguments: Namespace, settings: list[str]) -> Job:
@@ -98,7 +104,13 @@ def sharding(arguments: Namespace, settings: list[str]) -> Job:
     }
     lines = common_lines(arguments, settings) | {"slices=": f"slices={arguments.slices}"}
     text = render("slurm_shard.sbatch", options | passed_on(arguments), lines)
-    return Job(log_folder(out.with_name(f"{out.name}.slurm")), "shard.sbatch", text)
+    folder = log_folder(out.with_name(f"{out.name}.slurm"))
+    told = [
+        ("slices", f"{arguments.slices}, {arguments.at_once} at a time, {arguments.cpus_per_task} processes each"),
+        ("then", f"a job that merges them into {out} and verifies"),
+        ("log", f"{folder}/slurm-*.log"),
+    ]
+    return Job(folder, "shard.sbatch", text, told)
 
 
 def common_lines(arguments: Namespace, settings: list[str]) -> dict[str, str]:

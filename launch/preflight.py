@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ccd_train.config.deepspeed import read_deepspeed_file
@@ -16,8 +17,9 @@ from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import SCRATCH, FineTuning
 from ccd_train.config.run import RunConfig
 from ccd_train.data.charset import read_charset
-from ccd_train.data.records import find_lmdbs
-from ccd_train.data.shards import MANIFEST, Corpus
+from ccd_train.data.records import LmdbReader, find_lmdbs
+from ccd_train.data.shards import Corpus
+from ccd_train.data.trees import look_into
 from ccd_train.errors import UserError
 from ccd_train.models import budget
 from launch.lives import newest_step
@@ -25,7 +27,16 @@ from launch.lives import newest_step
 CHECKPOINT_BYTES = 20  # per parameter: fp32 weights, two moments of AdamW, the teacher, and weights in half precision
 
 
-def check_settings(config: Config | FineTuning | PixelTuning, gpus: bool, later: bool) -> None:
+@dataclass(frozen=True)
+class Size:
+    """How large a run is."""
+
+    samples: int | None
+    """Of its corpus, before labels are looked at; None: pictures with truth, which are not counted here."""
+    parameters: int
+
+
+def check_settings(config: Config | FineTuning | PixelTuning, gpus: bool, later: bool) -> Size:
     """Raises UserError for what no number of ranks can run, with GPUs or without.
 
     `later`: the job waits for another one, which will have written the weights of --init by then.
@@ -34,30 +45,37 @@ def check_settings(config: Config | FineTuning | PixelTuning, gpus: bool, later:
     assert config.run_dir is not None
     read_deepspeed_file(config.deepspeed, gpus)
     if isinstance(config, FineTuning):
-        find_words((*config.data.train, *config.data.valid))
+        samples = count_words(config.data.train)
+        count_words(config.data.valid)
         classes = read_charset(config.data.charset).classes
         parameters = budget.recognizer_parameters(config.model, config.recognizer, classes)
     elif isinstance(config, PixelTuning):
         for folder in (*config.data.train, *config.data.valid):
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder; give pictures with their truth")
-        parameters = budget.pixel_parameters(config.model, config.head)
+        samples, parameters = None, budget.pixel_parameters(config.model, config.head)
     else:
-        Corpus.open(config.data.shards, config.data.exclude)
-        find_words(config.probe.data if config.probe.every_steps else ())
+        samples = Corpus.open(config.data.shards, config.data.exclude).num_samples
+        count_words(config.probe.data if config.probe.every_steps else ())
         parameters = sum(budget.parameters(config.model).values())
     check_writable(config.run_dir)
     check_start(config, later)
     check_space(config, parameters)
+    return Size(samples, parameters)
 
 
-def find_words(folders: Iterable[Path]) -> None:
-    """Refuses a folder with neither shards nor LMDBs."""
+def count_words(folders: Iterable[Path]) -> int:
+    """Records in shards and LMDBs, at and below the folders. Refuses a folder with neither."""
+    count = 0
     for folder in folders:
-        if (folder / MANIFEST).is_file():
-            Corpus.open(folder)
-        else:
-            find_lmdbs(folder)
+        tree = look_into(folder)
+        if not tree.lmdbs and not tree.shards:
+            find_lmdbs(folder)  # says what is missing
+        count += sum(Corpus.open(path).num_samples for path in tree.shards)
+        for path in tree.lmdbs:
+            with LmdbReader(path) as reader:
+                count += len(reader)
+    return count
 
 
 def check_start(config: RunConfig, later: bool) -> None:
@@ -97,10 +115,15 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.resolve().parents) if place.exists())
 
 
+def checkpoint_bytes(parameters: int) -> int:
+    """Of one checkpoint."""
+    return parameters * CHECKPOINT_BYTES
+
+
 def check_space(config: RunConfig, parameters: int) -> None:
     """Room for the checkpoints that are kept and the one that is being written."""
     assert config.run_dir is not None
-    needed = parameters * CHECKPOINT_BYTES * (config.checkpoint.keep + 1)
+    needed = checkpoint_bytes(parameters) * (config.checkpoint.keep + 1)
     present = sum(path.stat().st_size for path in (config.run_dir / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(existing(config.run_dir)).free
     if free + present < needed:

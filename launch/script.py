@@ -30,7 +30,7 @@ def render(template: str, options: Mapping[str, str | None], lines: Mapping[str,
     text = resources.files("launch").joinpath(template).read_text(encoding="utf-8")
     rows = text.splitlines()
     first = next(index for index, row in enumerate(rows) if row.startswith("#SBATCH"))
-    rows = [row for row in rows if not row.startswith("#SBATCH")]
+    rows = [row for row in rows if not row.lstrip("#").startswith("SBATCH")]
     rows[first:first] = [directive(option, value) for option, value in options.items()]
     for beginning, line in lines.items():
         places = [index for index, row in enumerate(rows) if row.startswith(beginning)]

@@ -22,8 +22,10 @@ def describe(run_dir: Path) -> str:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder; give the --run_dir of a run")
     lives, metrics, outcome = read_lives(run_dir), _last_metrics(run_dir), read_outcome(run_dir)
-    rows: list[tuple[str, str]] = []
+    rows = [("run", str(run_dir))]
     begun = begins(lives)
+    if not lives and not (run_dir / "config.yaml").is_file():
+        return f"{run_dir}: no run yet, and no job was submitted for it"
     jobs = [str(life["job"]) for life in begun]
     if begun:
         rows.append(("job", f"{jobs[-1]}, {slurm.state(jobs[-1]) or UNKNOWN}"))
@@ -49,12 +51,15 @@ def describe(run_dir: Path) -> str:
 def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     step, rate = int(metrics["step"]), float(metrics["samples_per_second"])
     age = time.time() - (run_dir / "metrics.jsonl").stat().st_mtime
-    rows = [("step", f"{step}, logged {duration(age)} ago"), ("rate", f"{rate:.0f} samples/s")]
     config = read_settings(run_dir)
     batch = metrics["samples"] / step
     last_step = config.max_steps or -(-config.train.total_samples // batch)
     left = duration(max(last_step - step, 0) * batch / rate) if rate else "nobody knows how long"
-    return [*rows, ("left", f"{left} to step {last_step:.0f}")]
+    return [
+        ("step", f"{step:,} of {last_step:,.0f}, logged {duration(age)} ago"),
+        ("rate", f"{rate:,.0f} samples/s"),
+        ("left", left),
+    ]
 
 
 def _alarms(run_dir: Path) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ccd_train.errors import FINISHED, UserError, run
 from ccd_train.programs import choose
-from launch.jobs import PASSED_ON, sharding, training
+from launch.jobs import PASSED_ON, Job, sharding, training
 from launch.lives import note, read_lives
 from launch.status import describe
 
@@ -34,15 +34,19 @@ VERBS = {
     "status": "how a run stands, from SLURM and its folder",
 }
 
-DRY_RUN = "settings, files, batch and disk space are checked; data and --init are read when the job is submitted"
+
+def show(job: Job, script: str) -> None:
+    """What a dry run says: the script where it is piped or written to a file, and what the job will do."""
+    if not sys.stdout.isatty():
+        print(script, end="", flush=True)
+    print("\n".join(f"{name:8}{text}" for name, text in job.outlook), file=sys.stderr)
 
 
 def submit_training(arguments: argparse.Namespace, settings: list[str]) -> int:
     """ccd-submit pretrain and finetune: one job, or a chain of them."""
     job = training(arguments, settings)
     if arguments.dry_run:
-        print(job.text, end="")
-        print(f"dry run: {DRY_RUN}", file=sys.stderr)
+        show(job, job.text)
         return FINISHED
     numbers: list[str] = []
     first = None if arguments.after is None else f"afterok:{newest_job(arguments.after)}"
@@ -69,7 +73,7 @@ def submit_sharding(arguments: argparse.Namespace, settings: list[str]) -> int:
     merging = ["--kill-on-invalid-dep=yes", "--output=slurm-merge-%j.log"]
     if arguments.dry_run:
         merge = f"sbatch --dependency=afterok:$job {' '.join(merging)} {job.name}"
-        print(f"{job.text}\n# job=$(sbatch --parsable {slices} {job.name})\n# {merge}")
+        show(job, f"{job.text}\n# job=$(sbatch --parsable {slices} {job.name})\n# {merge}\n")
         return FINISHED
     number = job.submit(slices)
     merge = job.submit(f"--dependency=afterok:{number}", *merging)
@@ -136,7 +140,9 @@ def add_sbatch_options(parser: argparse.ArgumentParser, time: str) -> None:
     parser.add_argument("--exclusive", action="store_true", help="as in sbatch")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help='anything else: "--exclude=n7 --nice=100"')
     parser.add_argument("--hook", help="bash that makes `python` the right one (default: this program's own python)")
-    parser.add_argument("--dry-run", action="store_true", help="check, and print the script")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, and say what the job will do; `| less` shows its script"
+    )
 
 
 def natural(text: str) -> int:

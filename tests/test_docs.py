@@ -32,7 +32,8 @@ FOREIGN = {
     "exclude": "sbatch", "reservation": "sbatch", "array": "sbatch", "wrap": "sbatch", "requeue": "sbatch",
     "no-requeue": "sbatch", "signal": "sbatch", "dependency": "sbatch", "test-only": "sbatch",
     "nv": "apptainer", "bind": "apptainer", "shm-size": "docker", "logdir": "tensorboard",
-    "dereference": "tar", "hard-dereference": "tar",
+    "mail-type": "sbatch",
+    "mail-user": "sbatch", "mount": "enroot", "container-image": "srun with pyxis", "port": "tensorboard", "dereference": "tar", "hard-dereference": "tar",
 }  # fmt: skip
 
 

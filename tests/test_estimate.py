@@ -213,6 +213,27 @@ def test_traffic_of_the_field_notes() -> None:
     assert staged.reduced + staged.gathered == pytest.approx(sent.reduced)
 
 
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", None),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("cpu", None),
+    ],
+)
+def test_a_gpu_is_known_by_what_cuda_calls_it(device: str, name: str | None) -> None:
+    gpu = budget.gpu_called(device)
+    assert (gpu.name if gpu else None) == name
+
+
 def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert estimate.main(["--config", "vit_base", "--gpus", "16", "--gpu", "a100"]) == 0
     printed = capsys.readouterr().out
@@ -228,6 +249,13 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str]) -> No
         "bound by",
     ):
         assert line in printed
+    assert printed.splitlines()[-1].startswith("a model     fitted to one H200")
+    assert re.search(r"^images/s    \d+,\d00, \d\d0 per GPU", printed, re.MULTILINE)
+    assert "--data.workers 4 is enough" in printed
+    assert estimate.main(["--core_rate", "100", "--gpus", "1"]) == 0
+    assert "it needs --data.workers 7" in capsys.readouterr().out
+    for gpu in budget.GPUS:
+        assert estimate.main(["--gpu", gpu]) == 0
     with pytest.raises(UserError, match="gpus = 0"):
         estimate.main(["--gpus", "0"])
 

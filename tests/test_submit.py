@@ -123,12 +123,41 @@ def test_what_would_fail_in_the_queue_is_refused(
         submit(*pretrain_words(tmp_path / name, *dry), "--", *run_on(tiny), *rest)
 
 
+def test_a_dry_run_says_what_the_job_will_do(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In six lines; the script, a wall on a terminal, goes where it is piped to."""
+    rest = ["--", *run_on(tiny), "--train.global_batch_size", "512", "--train.total_samples", "51200"]
+    samples = Corpus.open(tiny.shards).num_samples
+    assert submit(*pretrain_words(tmp_path / "run", "--dry-run"), *rest) == 0
+    printed = capsys.readouterr()
+    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in printed.err.splitlines()}
+    assert printed.out.startswith("#!/usr/bin/env bash") and list(told) == [
+        "batch",
+        "steps",
+        "disk",
+        "time",
+        "log",
+        "next",
+    ]
+    assert told["batch"] == "512 samples a step: 8 ranks × 32 × 2 micro-batches"
+    assert told["steps"] == f"100: each of {samples} samples is seen {51200 / samples:,.0f} times"
+    assert told["disk"].startswith("3 checkpoints and one being written, 0.0033 GB each; ")
+    assert "24:00:00 a life, saving 600 s before; started again up to 50 times" in told["time"]
+    assert told["time"].endswith("ccd-train estimate --gpus 8 --gpus-per-node 4")
+    assert told["log"] == f"{tmp_path}/run/slurm-JOB.log"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert submit(*pretrain_words(tmp_path / "run", "--dry-run"), *rest, "--max-steps", "30") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "" and "steps   30 of 100 (--max-steps): " in printed.err
+
+
 def test_a_dry_run_says_that_it_does_not_read_weights(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rest = ["--", *run_on(tiny), "--init", "/dev"]
     assert submit(*pretrain_words(tmp_path / "run", "--dry-run"), *rest) == 0
-    assert "data and --init are read when the job is submitted" in capsys.readouterr().err
+    assert "without --dry-run data and --init are read" in capsys.readouterr().err
     with pytest.raises(UserError, match="no weights here"):
         submit(*pretrain_words(tmp_path / "run"), *rest)
 
@@ -165,7 +194,9 @@ def test_a_fine_tuning_is_checked_and_written_likewise(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit(*finetune_words(tmp_path / "run", tiny)) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"each of {Corpus.open(tiny.shards).num_samples} samples" in printed.err and "estimate" not in printed.err
+    lines = printed.out.splitlines()
     assert "verb=finetune" in lines and "nproc=2" in lines and "doctor=no" in lines
     subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
     for more, message in (
@@ -274,18 +305,38 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     for part in (
         "job           7",
         "(requeue 2) from step 30",
-        "step          40",
+        f"run           {tmp_path}",
+        "step          40 of 1,875, logged",
         "10 samples/s",
         "checkpoint    step 30",
     ):
         assert part in text
     assert f"{round(left / 60) // 60} h" in text
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"samples_per_second": 0}) + "\n")
-    assert "nobody knows how long to step 1875" in describe(tmp_path)
+    assert "left          nobody knows how long" in describe(tmp_path)
     (tmp_path / "config.yaml").write_text(describe_settings(read_recipe("recognizer_nano", FineTuning)))
     assert "step          40" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         describe(tmp_path / "nothing")
+
+
+def test_the_script_to_edit_asks_for_what_ccd_submit_asks_for(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For 8 GPUs; its lines to fill in are not in the script that is made."""
+    assert (
+        submit("pretrain", "--run_dir", str(tmp_path / "run"), "--dry-run", "--", *run_on(tiny), "--data.workers", "4")
+        == 0
+    )
+    made, by_hand = capsys.readouterr().out, (CHECKOUT / "launch/slurm_pretrain.sbatch").read_text()
+    for line in ("#SBATCH --cpus-per-task=48", "#SBATCH --output=slurm-%j.log"):
+        assert line in made.splitlines() and line in by_hand.splitlines()
+    assert "##SBATCH --partition=gpu" in by_hand.splitlines() and "##SBATCH" not in made
+
+
+def test_a_folder_with_the_script_of_a_refused_job_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "pretrain.sbatch").write_text("#!/bin/bash\n")
+    assert describe(tmp_path) == f"{tmp_path}: no run yet, and no job was submitted for it"
 
 
 SBATCH = """#!/bin/bash
@@ -308,12 +359,12 @@ def test_a_job_is_known_before_it_begins(
     run_dir = tmp_path / "run"
     assert submit(*pretrain_words(run_dir, "--chain", "2"), "--", *run_on(tiny)) == 0
     assert "submitted job 101, then 102" in capsys.readouterr().out
-    assert [line.split() for line in describe(run_dir).splitlines()[:2]] == [
+    assert [line.split() for line in describe(run_dir).splitlines()[1:3]] == [
         ["submitted", "job", "101,", "PENDING", "(101)"],
         ["submitted", "job", "102,", "PENDING", "(102)"],
     ]
     note(run_dir, "begin", job="101", requeues=0, step=0, first="101", outcome=None)
-    rows = [line.split()[:3] for line in describe(run_dir).splitlines()[:3]]
+    rows = [line.split()[:3] for line in describe(run_dir).splitlines()[1:4]]
     assert rows == [["job", "101,", "PENDING"], ["lives", "1,", "the"], ["submitted", "job", "102,"]]
 
 

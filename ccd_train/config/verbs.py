@@ -26,11 +26,11 @@ class EstimateSettings(Config):
     """A pretraining run and the machines for it. The settings of the run are those of `ccd-train pretrain`."""
 
     gpus: int = 8
-    """W: GPUs, one rank each."""
-    gpu: Literal["h200", "h100", "a100", "3090"] = "h200"
-    """Their kind."""
+    """W: GPUs of all nodes, one rank each."""
+    gpu: Literal["b200", "h200", "h100", "a100", "l40s", "a10", "v100", "t4", "4090", "3090"] = "h200"
+    """Their kind. V100 and T4 have no bf16: their figures are those of an fp16 file."""
     gpus_per_node: int = 8
-    """Within a node they talk by NVLink (3090: PCIe), between nodes through the network."""
+    """Within a node they talk by NVLink or, where there is none, PCIe; between nodes through the network."""
     network_gbit: float = 200.0
     """Of the network, 10^9 bits per second and GPU, in one direction."""
     characters: float = 6.0

@@ -8,6 +8,7 @@ CPUs; times are a model, whose assumptions are the constants below. They were fi
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +39,9 @@ RING_SHARE = 0.8  # of a link's speed that large collectives reach
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    """Part of what CUDA calls it."""
+    """A word or two of what CUDA calls it."""
     matrix_flops: float
-    """Dense bf16 products with fp32 sums, per second."""
+    """Dense bf16 products with fp32 sums, per second; fp16 where there is no bf16 (V100, T4)."""
     memory: float
     """Bytes."""
     bandwidth: float
@@ -49,18 +50,25 @@ class Gpu:
     """To the other GPUs of its node, bytes per second in one direction."""
 
 
-# NVIDIA's data sheets: H200 (2024), H100 SXM (2023), A100 80GB SXM (2021); GA102 whitepaper (2021), PCIe 4.0 × 16.
+# NVIDIA's data sheets: DGX B200 (2024), H200 (2024), H100 SXM (2023), A100 80GB SXM (2021), L40S (2023), A10 (2021), T4
+# (2018), V100 SXM2 32GB (2017); Ada and GA102 whitepapers (2022, 2021). Without NVLink: PCIe 4.0 × 16, the T4's 3.0.
 GPUS = {
+    "b200": Gpu("B200", 2250e12, 180e9, 8.0e12, 900e9),
     "h200": Gpu("H200", 989e12, 141e9, 4.8e12, 450e9),
     "h100": Gpu("H100", 989e12, 80e9, 3.35e12, 450e9),
     "a100": Gpu("A100", 312e12, 80e9, 2.04e12, 300e9),
+    "l40s": Gpu("L40S", 362e12, 48e9, 0.864e12, 32e9),
+    "a10": Gpu("A10", 125e12, 24e9, 0.6e12, 32e9),
+    "v100": Gpu("V100", 125e12, 32e9, 0.9e12, 150e9),
+    "t4": Gpu("T4", 65e12, 16e9, 0.32e12, 16e9),
+    "4090": Gpu("RTX 4090", 165e12, 24e9, 1.008e12, 32e9),
     "3090": Gpu("RTX 3090", 71e12, 24e9, 0.936e12, 32e9),
 }
 
 
-def gpu_called(name: str) -> Gpu | None:
-    """The GPU whose name CUDA gives as this, if it is among those whose speed is known here."""
-    return next((gpu for gpu in GPUS.values() if gpu.name in name), None)
+def gpu_called(device: str) -> Gpu | None:
+    """The GPU that CUDA calls so, such as "NVIDIA H100 80GB HBM3"; None for others (A10G, RTX 3090 Ti)."""
+    return next((gpu for gpu in GPUS.values() if re.search(rf"\b{gpu.name}\b(?! (Ti|D|Laptop)\b)", device)), None)
 
 
 def parameters(model: Model) -> dict[str, int]:

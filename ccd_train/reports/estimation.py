@@ -81,8 +81,8 @@ def table(settings: EstimateSettings) -> str:
             (
                 f"{gpus:,}",
                 f"{found.global_batch:,}",
-                f"{found.rate:,.0f}",
-                f"{found.rate / gpus:,.0f}",
+                two_digits(found.rate),
+                two_digits(found.rate / gpus),
                 f"{found.share:.0%}",
                 duration(found.days * 86400),
                 f"{found.cores:.1f}",
@@ -111,14 +111,26 @@ def describe(settings: EstimateSettings) -> str:
         ("a step", f"{seconds.step * 1e3:.1f} ms: matrix units {seconds.matrix * 1e3:.1f}, memory "
                    f"{seconds.memory * 1e3:.1f}, beside them launches {seconds.launches * 1e3:.1f}; network, as far as "
                    f"nothing hides it, {seconds.network * 1e3:.1f}"),
-        ("images/s", f"{found.rate:,.0f}, {found.rate / found.gpus:,.0f} per GPU, {found.share:.0%} of its peak of "
-                     f"{gpu.matrix_flops / 1e12:.0f} TFLOP/s"),
+        ("images/s", f"{two_digits(found.rate)}, {two_digits(found.rate / found.gpus)} per GPU, {found.share:.0%} of "
+                     f"its peak of {gpu.matrix_flops / 1e12:.0f} TFLOP/s"),
         ("the run", f"{settings.train.total_samples:,} samples in steps of {found.global_batch:,}: "
-                    f"{duration(found.days * 86400)}, {found.days * 24 * found.gpus:,.0f} GPU hours"),
-        ("loader", f"{found.cores:.1f} CPU cores per GPU; --data.workers {max(1, math.ceil(found.cores))}"),
+                    f"about {duration(found.days * 86400)}, {two_digits(found.days * 24 * found.gpus)} GPU hours"),
+        ("loader", f"{found.cores:.1f} CPU cores per GPU; {_workers(settings, found)}"),
         ("bound by", found.seconds.bottleneck + _advice(settings, found)),
+        ("a model", "fitted to one H200, which it meets within a quarter; not measured on other or on several GPUs"),
     ]  # fmt: skip
     return "\n".join(f"{name:12}{text}" for name, text in lines)
+
+
+def two_digits(value: float) -> str:
+    """25,446 as 25,000, 0.234 as 0.23: no more of it is known."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+
+
+def _workers(settings: EstimateSettings, found: Estimate) -> str:
+    workers, needed = settings.data.workers, math.ceil(found.cores)
+    return f"--data.workers {workers} is enough" if needed <= workers else f"it needs --data.workers {needed}"
 
 
 def _memory(settings: EstimateSettings) -> list[tuple[str, str]]:

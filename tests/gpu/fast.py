@@ -151,13 +151,15 @@ def matrix_rate(rehearse: bool) -> float:
 
 def peak_of_sheet() -> float:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((gpu.matrix_flops for gpu in budget.GPUS.values() if gpu.name in name), float("nan"))
+    gpu = budget.gpu_called(name)
+    return gpu.matrix_flops if gpu else float("nan")
 
 
 def estimated(config: Config, characters: float) -> float:
     """Images per second of the model in budget.py."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H200"
-    gpu = next(gpu for gpu in budget.GPUS.values() if gpu.name in name)
+    gpu = budget.gpu_called(name)
+    assert gpu is not None, name
     batch = config.train.micro_batch_size
     took = budget.step_seconds(config.model, gpu, batch=batch, accumulation=1, characters=characters, stage=1, ranks=1,
                                ranks_per_node=8, network=25e9)  # fmt: skip
