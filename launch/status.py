@@ -14,6 +14,7 @@ from launch import slurm
 from launch.lives import begins, newest_step, read_lives
 from launch.outcome import read_outcome
 
+BEST = "valid_best"  # of metrics, where there are validations
 UNKNOWN = "no longer known to SLURM"
 
 
@@ -59,6 +60,7 @@ def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("step", f"{step:,} of {last_step:,.0f}, logged {duration(age)} ago"),
         ("rate", f"{rate:,.0f} samples/s"),
         ("left", left),
+        *([] if metrics[BEST] is None else [("validation", f"{metrics[BEST]:.2%} of the words right at best")]),
     ]
 
 
@@ -81,10 +83,14 @@ def _checkpoint(run_dir: Path) -> str:
 
 
 def _last_metrics(run_dir: Path) -> dict[str, Any] | None:
+    """The newest line of metrics.jsonl, with the best validation so far; None where there is no line."""
     try:
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
         return None
     whole = [line for line in lines if line.endswith("\n")]
-    values: dict[str, Any] | None = json.loads(whole[-1]) if whole else None
-    return values
+    if not whole:
+        return None
+    validated = next((line for line in reversed(whole) if f'"{BEST}"' in line), "{}")
+    newest: dict[str, Any] = json.loads(whole[-1])
+    return {BEST: json.loads(validated).get(BEST)} | newest

@@ -30,10 +30,10 @@ OTHERS_MODULES = {"create_lmdb_dataset.py", "dataset_pretrain.py", "augmentation
 FOREIGN = {
     "standalone": "torchrun", "run-path": "torchrun", "master-port": "torchrun",
     "exclude": "sbatch", "reservation": "sbatch", "array": "sbatch", "wrap": "sbatch", "requeue": "sbatch",
-    "no-requeue": "sbatch", "signal": "sbatch", "dependency": "sbatch", "test-only": "sbatch",
-    "nv": "apptainer", "bind": "apptainer", "shm-size": "docker", "logdir": "tensorboard",
-    "mail-type": "sbatch",
-    "mail-user": "sbatch", "mount": "enroot", "container-image": "srun with pyxis", "port": "tensorboard", "dereference": "tar", "hard-dereference": "tar",
+    "no-requeue": "sbatch", "signal": "sbatch", "dependency": "sbatch", "test-only": "sbatch", "mail-type": "sbatch",
+    "mail-user": "sbatch", "container-image": "srun with pyxis", "mount": "enroot", "nv": "apptainer",
+    "bind": "apptainer", "shm-size": "docker", "logdir": "tensorboard", "port": "tensorboard",
+    "dereference": "tar", "hard-dereference": "tar",
 }  # fmt: skip
 
 

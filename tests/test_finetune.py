@@ -30,6 +30,7 @@ from ccd_train.data.charset import read_charset
 from ccd_train.data.records import LmdbReader, LmdbWriter
 from ccd_train.data.words import open_words
 from ccd_train.errors import UserError
+from ccd_train.models.ccd import Student, Teacher
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.tasks.pretrain.weights import open_weights
@@ -263,6 +264,9 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         writer.add(b"not looked at", "나바차")
     trained = recognizers.read(GOLDEN / "recognizer_official_layout.pth", None, 2, 4)
     recognizers.write(tmp_path / "recognizer" / recognizers.FILE, trained)
+    nano = read_recipe("vit_nano", Config).model
+    student, teacher = (network(nano).state_dict() for network in (Student, Teacher))
+    weights.write_export(tmp_path / "nano", weights.Weights(nano, teacher, student, "here"), {})
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": {"train": [str(tmp_path / "unlabelled")]}}, "--data.train .*unlabelled: no word here has a label"),
         ({"data": {"valid": [str(tmp_path / "unlabelled")]}}, "--data.valid .*unlabelled: no word here has a label"),
@@ -277,7 +281,11 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
         ({"data": {"fraction": 0.0}}, "data.fraction = 0.0: must lie in"),
         ({"init": None}, "init = None: name weights"),
         ({"init": str(tmp_path / "nothing")}, "nothing: no such file or folder"),
-        ({"init": str(GOLDEN / "official_layout.pth")}, "another network .*model.width: 32 → 16"),
+        (
+            {"init": str(GOLDEN / "official_layout.pth")},
+            "another network .*model.width: 32 → 16.*no recipe has its size",
+        ),
+        ({"init": str(tmp_path / "nano")}, r"another network .*model.width: 48 → 16.*; take --config recognizer_nano$"),
         ({"init": str(tmp_path / "recognizer")}, "--init .*another network .*recognizer.layers: 2 → 1"),
         ({"model": {"heads": 3}}, "model.heads = 3: must divide"),
     ]
@@ -311,6 +319,16 @@ def test_it_ends_when_patience_does_and_stays_ended(tiny: Tiny, tmp_path: Path) 
     (ends,) = run_ranks(1, two_lives, config)
     assert [end[:3] for end in ends] == [(6, 6, True), (6, 6, True)]
     assert all(said.startswith("; no better validation in 2 (--valid.patience); 0.00% of") for *_, said in ends)
+    assert not any("next to nothing" in said for *_, said in ends), "it was not trained to the end of its schedule"
+
+
+def test_a_recogniser_that_reads_next_to_nothing_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    """A whole schedule at a learning rate of 0."""
+    config = tuned(
+        tiny, tmp_path / "run", optimizer={"lr": 0.0, "final_lr": 0.0}, train={**RECIPE["train"], "total_samples": 16}
+    )
+    (ends,) = run_ranks(1, two_lives, config)
+    assert all(said.endswith("reads next to nothing: docs/finetuning.md, How much it takes") for *_, said in ends)
 
 
 def pieces(whole: FineTuning, cut: FineTuning) -> list[tuple[int, float, int]]:

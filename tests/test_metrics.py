@@ -54,9 +54,21 @@ def test_a_plain_line_says_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     metrics.close()
     lines = capsys.readouterr().err.splitlines()
     told = "step 40/100, 1,280 samples, epoch 0.50, loss 4.2500, 16 samples/s, 7% waiting for data, 2 min left"
-    assert lines[0] == told
-    assert len(lines) == 2 and lines[1].startswith("step 100/100") and lines[1].endswith("0 s left")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d (.*)", lines[0])[1] == told
+    assert len(lines) == 2 and lines[1][9:].startswith("step 100/100") and lines[1].endswith("0 s left")
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [40, 42, 100]
+
+
+def test_every_validation_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, 0, 100)
+    metrics.write(figures(40))
+    metrics.write({**figures(42), "valid_best": 0.123})
+    metrics.write(figures(44))
+    metrics.write(figures(100))
+    metrics.close()
+    _, second, last = capsys.readouterr().err.splitlines()
+    assert "step 42/100" in second and second.endswith(", 12.3% right at best (step 42)")
+    assert "step 100/100" in last and last.endswith(", 12.3% right at best (step 42)")
 
 
 def test_a_later_life_drops_alarms_beyond_its_checkpoint(tmp_path: Path) -> None:

@@ -90,6 +90,19 @@ def test_the_page_has_what_a_reader_asks_for(runs: list[Path]) -> None:
     assert history.differences["model.prototypes"][1] == 32
 
 
+def test_a_fine_tunings_accuracy_comes_first(runs: list[Path]) -> None:
+    history = read_history(runs[1])
+    assert "at best" not in report.page([history])
+    count = len(history.metrics["step"])
+    found = {name: np.r_[np.nan, np.full(count - 1, 0.25)] for name in ("valid_best", "valid_all", "valid_unreadable")}
+    page = report.page([replace(history, metrics={**history.metrics, **found})])
+    assert "validation words right, at best</td><td>25.00%" in page
+    titles = re.findall("<figcaption>([^<]*)", page)
+    assert titles[0] == "Words of the validation read right" and "valid_all" not in titles
+    flat = ["Loss scale", "Skipped steps", "Damaged samples", "Images of the validation that cannot be read"]
+    assert titles[titles.index(flat[0]) :][:5] == [*flat, "Step over hours since the first start"]
+
+
 def test_nothing_is_fetched_and_everything_is_escaped(runs: list[Path]) -> None:
     page = Tags(report.page([read_history(path) for path in runs]))
     names = {tag for tag, _ in page.tags}

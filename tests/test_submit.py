@@ -315,7 +315,10 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"samples_per_second": 0}) + "\n")
     assert "left          nobody knows how long" in describe(tmp_path)
     (tmp_path / "config.yaml").write_text(describe_settings(read_recipe("recognizer_nano", FineTuning)))
-    assert "step          40" in describe(tmp_path)
+    assert "step          40" in describe(tmp_path) and "validation" not in describe(tmp_path)
+    lines = [row | {"valid_best": 0.125}, row | {"step": 41}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "validation    12.50% of the words right at best" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         describe(tmp_path / "nothing")
 

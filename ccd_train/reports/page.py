@@ -26,7 +26,8 @@ from ccd_train.reports.history import History
 
 # Figures that share a chart of one run; whatever else is logged gets a chart of its own.
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Losses", ("loss", "loss_distillation", "loss_segmentation")),
+    ("Words of the validation read right", ("valid_best", "valid_lower_alnum", "valid_case", "valid_all")),
+    ("Losses", ("loss", "loss_distillation", "loss_segmentation", "valid_loss")),
     ("Teacher's entropy, and KL to the student (nats)", ("teacher_entropy", "kl")),
     ("Prototypes in use", ("prototypes_used",)),
     ("Effective rank of the features", ("feature_rank",)),
@@ -39,8 +40,15 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Characters per image", ("characters",)),
     ("Share of images without characters", ("images_without_regions",)),
 )
+LAST = (  # charts that come after all others
+    ("Loss scale", ("loss_scale",)),
+    ("Skipped steps", ("skipped_steps",)),
+    ("Damaged samples", ("damaged_samples",)),
+    ("Images of the validation that cannot be read", ("valid_unreadable",)),
+)
 HIDDEN = {"step", "samples", "epoch", "time", "regions_from_student"}
 LOGARITHMIC = {"grad_norm"}
+NONE = "–"  # of a figure that a run does not have
 AWAY = 60.0  # seconds between two lives that are shown as an interruption
 
 
@@ -68,6 +76,7 @@ def overview(runs: Sequence[History]) -> str:
     """How each run stands, and what it cost."""
     columns = [_costs(run) for run in runs]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    rows = [row for row in rows if set(row[1:]) != {NONE}]
     return "<h2>How it stands, and what it cost</h2>" + table(["", *(run.name for run in runs)], rows)
 
 
@@ -76,12 +85,15 @@ def _costs(run: History) -> dict[str, str]:
     unit = "GPU" if any(gpu in life.device for life in run.lives for gpu in ("NVIDIA", "AMD")) else "process"
     ranks = run.lives[-1].ranks if run.lives else 1
     rate, typical = run.rate, float(np.nanmedian(run.metrics["samples_per_second"]))
+    best = run.metrics.get("valid_best", np.array([]))
+    best = best[np.isfinite(best)]
     down = sum(max(b.started - a.ended, 0) for a, b in zip(run.lives, run.lives[1:], strict=False))
     outcome = run.outcome.get("outcome", "running, or killed")
     return {
         "outcome": f"{outcome}: {run.outcome['message']}" if run.outcome else outcome,
         "steps": f"{last['step']:,.0f}",
         "samples": f"{last['samples']:,.0f}, {last['epoch']:.2f} epochs",
+        "validation words right, at best": f"{best[-1]:.2%}" if len(best) else NONE,
         "loss, at last": number(float(last["loss"])),
         "lives": f"{len(run.lives)}; {duration(down)} between them",
         f"{unit} hours": f"{run.rank_hours:,.2f} ({duration(run.seconds)} on {ranks})",
@@ -104,9 +116,9 @@ def _share_of_limit(run: History, rate: float) -> str:
 
 def curves(runs: Sequence[History]) -> str:
     """One run: charts over steps, with a mark where a life began. Several: one line each, over samples."""
-    named = [name for _, names in CHARTS for name in names]
+    named = [name for _, names in (*CHARTS, *LAST) for name in names]
     logged = dict.fromkeys(name for run in runs for name in run.metrics if name not in HIDDEN)
-    groups = [*CHARTS, *((name, (name,)) for name in logged if name not in named)]
+    groups = [*CHARTS, *((name, (name,)) for name in logged if name not in named), *LAST]
     charts = []
     for title, names in groups:
         if len(runs) > 1:

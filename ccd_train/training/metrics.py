@@ -67,6 +67,7 @@ class Metrics:
         )
         self._last_step = last_step
         self._spoke = 0.0
+        self._validated = ""
         self._wandb = None if wandb is None else join_wandb(wandb, run_dir)
 
     def write(self, values: Mapping[str, float]) -> None:
@@ -135,13 +136,16 @@ class Metrics:
             f"{values['samples_per_second']:.0f} samples/s, {peak}{values['data_wait']:.0%} waiting for data, "
             f"{duration(left)} left"
         )
+        if "valid_best" in values:
+            self._validated = f", {values['valid_best']:.1%} right at best (step {values['step']:.0f})"
+        text += self._validated
         if self._terminal:
             self._bar.set_description_str(text)
             return
-        done = values["step"] >= self._last_step
-        if done or time.monotonic() - self._spoke >= QUIET_SECONDS:
+        weighty = values["step"] >= self._last_step or "valid_best" in values
+        if weighty or time.monotonic() - self._spoke >= QUIET_SECONDS:
             self._spoke = time.monotonic()
-            self.say(f"step {values['step']:.0f}/{self._last_step}, {text}")
+            self.say(f"{time.strftime('%H:%M:%S')} step {values['step']:.0f}/{self._last_step}, {text}")
 
 
 def append_line(path: Path, values: Mapping[str, object]) -> None:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from ccd_train import distributed
-from ccd_train.config.options import to_dict
+from ccd_train.config.options import read_recipe, recipes, to_dict
 from ccd_train.config.recognition import SCRATCH, FineTuning
 from ccd_train.config.run import refuse_other
 from ccd_train.data.charset import Charset
@@ -18,7 +18,6 @@ from ccd_train.weights.tensors import is_torch, load
 log = logging.getLogger(__name__)
 
 BACKBONE = ("width", "depth", "heads")  # settings of the model that a recogniser has in common with a pretraining
-REMEDY = "take the recipe of its size"
 OF_THE_CHARSET = ("decoder.embedding.", "decoder.classifier.")
 
 
@@ -35,7 +34,7 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
         return
     found = open_backbone(path, config.model.heads)
     theirs = {name: getattr(found, name) for name in BACKBONE}
-    refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), REMEDY)
+    refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), _remedy(theirs))
     load(student.vit, found.state, found.origin)
 
 
@@ -44,8 +43,10 @@ def _start_from_recognizer(path: Path, config: FineTuning, charset: Charset, stu
     sizes = config.recognizer
     trained = recognizer.read(path, _charset_of(path, charset), config.model.heads, sizes.heads, sizes.length)
     free = ("dropout", "length")
-    refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), REMEDY, except_for=free)
-    refuse_other("model", path, of_backbone(to_dict(trained.model)), of_backbone(to_dict(config.model)), REMEDY)
+    theirs = of_backbone(to_dict(trained.model))
+    remedy = _remedy(theirs)
+    refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), remedy, except_for=free)
+    refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), remedy)
     state = trained.state
     if trained.charset.characters != charset.characters:
         fresh = {name: value for name, value in student.state_dict().items() if name.startswith(OF_THE_CHARSET)}
@@ -63,6 +64,14 @@ def _charset_of(path: Path, charset: Charset) -> Charset | None:
     if not is_torch(path):
         return None
     return charset if recognizer.official_classes(path) == charset.classes else None
+
+
+def _remedy(sizes: dict[str, object]) -> str:
+    """Names the recipes whose backbone has these sizes."""
+    fit = [name for name in recipes(FineTuning) if of_backbone(to_dict(read_recipe(name, FineTuning).model)) == sizes]
+    return (
+        f"take --config {' or '.join(fit)}" if fit else "no recipe has its size: give it by --model.width and the like"
+    )
 
 
 def of_backbone(model: dict[str, object]) -> dict[str, object]:

@@ -44,6 +44,7 @@ from ccd_train.weights.recognizer import Trained
 
 log = logging.getLogger(__name__)
 
+READS_LITTLE = 0.02  # of the validation words: after a whole schedule, something is missing
 READ_AT_ONCE = 256  # words of a validation, by each rank
 BEST = f"export/{recognizer.FILE}"  # in the run folder
 
@@ -126,7 +127,12 @@ class Recognition(Task):
         if self.words.sources & self.valid.sources:
             log.warning("data.valid: has words of data.train; what was learnt by heart is not told from what is read")
         samples = self.config.train.total_samples
-        log.info("%d samples: every word is seen %.3g times", samples, samples / self.words.num_samples)
+        times = samples / self.words.num_samples
+        log.info(
+            "%s samples: every word is seen %s times",
+            f"{samples:,}",
+            f"{times:,.0f}" if times >= 10 else f"{times:.2g}",
+        )
         found = {name: {"words": words.num_samples, **vars(tally)} for name, words, tally in parts}
         write_json(self.home.run_dir / "labels.json", found)
 
@@ -273,4 +279,6 @@ class Recognition(Task):
         return self.best.patience_is_over
 
     def remarks(self) -> str:
-        return self.best.remarks("of the validation words right")
+        weak = 0 <= self.best.score < READS_LITTLE and self.progress.step >= self.home.schedule_steps
+        hint = "; it reads next to nothing: docs/finetuning.md, How much it takes" if weak else ""
+        return self.best.remarks("of the validation words right") + hint
