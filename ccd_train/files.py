@@ -1,14 +1,33 @@
-"""Writing files that are whole or not there, and knowing them again by their hash."""
+"""Writing files that are whole or not there, knowing them again by their hash, and having enough of them open."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ccd_train.errors import UserError
+
 BLOCK = 1 << 20
+OPEN_FILES = 256  # of a process that trains or reads for one: up to 128 shards, pipes, sockets, libraries
+
+
+def allow_open_files() -> None:
+    """Raises this process's limit of open files to what the system allows, workers inherit it.
+
+    UserError where that is too little: with fewer, workers of the loader spin and wait for ever.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
+        raise UserError(
+            f"only {hard} files may be open here, and a run needs up to {OPEN_FILES}; raise it: ulimit -n 4096, or in "
+            "/etc/security/limits.conf"
+        )
+    if hard != soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Digest(NamedTuple):

@@ -14,6 +14,16 @@ python -c 'import launch, ccd_train' 2>/dev/null || {
     exit 2
 }
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+case $nproc in
+    gpu) python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && right=yes ;;
+    auto | cpu) right=yes ;;
+    *[!0-9]* | 0*) ;;
+    *) right=yes ;;
+esac
+[ -n "${right:-}" ] || {
+    echo "error: NPROC=$nproc: no number of processes; give 1 or more, auto, cpu, or, where there is a GPU, gpu" >&2
+    exit 2
+}
 if [ "${NNODES:-1}" = 1 ]; then
     rendezvous=(--standalone)
 else

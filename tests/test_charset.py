@@ -55,6 +55,16 @@ def test_labels_that_do_not_fit_are_counted() -> None:
     assert tally.describe() == "6 labels: 1 empty, 1 too long (16.7%), 2 with unknown characters ('é'×2 ' '×1)"
 
 
+def test_a_blank_line_inside_a_dictionary_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "dictionary.txt"
+    path.write_text("a\nb\n\n1\n\n\n")
+    assert read_charset(str(path)).characters == "ab1"
+    assert caplog.messages == [f"{path}: line 3 is blank and no character (PaddleOCR counts it as one)"]
+    caplog.clear()
+    path.write_text("a\r\nb\r\n1\r\n\r\n")
+    assert read_charset(str(path)).characters == "ab1" and not caplog.messages
+
+
 @pytest.mark.parametrize("text", ["0\ta\n1\tb\n2\t1\n", "a\nb\n1", "\ufeffa\r\nb\r\n\r\n1\r\n", "ab1", "ab1\r\n"])
 def test_a_file_is_read_in_any_form(tmp_path: Path, text: str) -> None:
     path = tmp_path / "charset.txt"

@@ -208,6 +208,30 @@ def test_a_wrapper_without_its_environment_says_so() -> None:
         assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", "gpu"])
+def test_a_number_of_processes_that_is_none_is_one_line(number: str) -> None:
+    bare = os.environ | {
+        "NPROC": number,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+    }
+    command = ["bash", str(CHECKOUT / "launch/torchrun_pretrain.sh"), "--config", "vit_nano"]
+    result = subprocess.run(command, env=bare, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"error: NPROC={number}: no number of processes; give 1 or more")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "told"), [(48, 48, "only 48 files may be open here"), (48, 1024, "no manifest")]
+)
+def test_too_few_open_files_are_raised_or_refused(settings: list[str], soft: int, hard: int, told: str) -> None:
+    """With so few, the loader's workers used to spin for ever."""
+    command = [sys.executable, "-m", "ccd_train", "pretrain", *settings]
+    limit = ["prlimit", f"--nofile={soft}:{hard}", *command]
+    result = subprocess.run(limit, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and told in result.stderr, result.stderr
+
+
 def test_a_task_that_srun_started_without_a_launcher_is_noticed(settings: list[str]) -> None:
     slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"}
     command = [sys.executable, "-m", "ccd_train", "pretrain", *settings]

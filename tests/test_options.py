@@ -110,6 +110,7 @@ def test_a_command_line_is_refused_in_one_line(argv: list[str], message: str) ->
             r"mine.yaml: unknown setting train.mikro_batch_size; did you mean micro_batch_",
         ),
         ("trian: {}", "unknown setting trian; did you mean train"),
+        ("global: {name: x}", "unknown setting global; this is a file of the official code: take a recipe"),
         ("train: {micro_batch_size: many}", "mine.yaml: train.micro_batch_size = many: must be a whole number"),
         ("train: 3", "train. must be a mapping"),
         ("- a", "the file must be a mapping"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -200,6 +202,20 @@ def test_loading_into_another_network_names_what_differs() -> None:
     with pytest.raises(UserError, match=r"projection\.prototypes\.direction is 48×16 instead of 24×16"):
         tensors.load(Student(replace(NANO, prototypes=24)), fresh().student, "a test")
     tensors.load(Teacher(NANO), fresh().teacher, "a test")
+
+
+def test_options_beside_the_tensors_are_data(tmp_path: Path) -> None:
+    """Forks that descend from DINO keep an argparse.Namespace; what it holds is judged as everything else."""
+    path = tmp_path / "official.pth"
+    checkpoint = torch.load(OFFICIAL, weights_only=True)
+    torch.save(checkpoint | {"args": argparse.Namespace(lr=5e-4, names=["a"], nested=argparse.Namespace(x=1))}, path)
+    assert isinstance(tensors.read_tensors(path)["args"], argparse.Namespace)
+    assert_equal(weights.read(path, HEADS).student, weights.read(OFFICIAL, HEADS).student, 0.0)
+    torch.save(checkpoint | {"args": argparse.Namespace(out=path)}, path)
+    with pytest.raises(UserError, match=r"holds pathlib.*could run code"):
+        tensors.read_tensors(path)
+    with pytest.raises(UnpicklingError):
+        torch.load(path, weights_only=True)  # nothing is allowed outside
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -17,6 +17,11 @@ from ccd_train.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
 
+OFFICIAL = {"global", "dataset"}  # sections of the official code's YAML files
+OFFICIAL_HINT = (
+    "; this is a file of the official code: take a recipe (vit_small), docs/configuration.md has our settings"
+)
+
 
 def parse(kind: type[Settings], argv: Sequence[str], program: str, *others: type[Settings]) -> Settings:
     """The settings that the command line describes; prints them and ends the program on --print_config and --help.
@@ -131,7 +136,8 @@ def from_dict(
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{where}: unknown setting {prefix}{name}{did_you_mean(str(name), known)}")
+            hint = OFFICIAL_HINT if name in OFFICIAL and not prefix else did_you_mean(str(name), known)
+            raise UserError(f"{where}: unknown setting {prefix}{name}{hint}")
         if dataclasses.is_dataclass(hints[name]):
             arguments[name] = from_dict(hints[name], value, where, f"{prefix}{name}.", getattr(base, name))
         else:

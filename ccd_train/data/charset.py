@@ -6,6 +6,7 @@ the end of a word, and N + 2 padding, which fills targets and is never predicted
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -16,6 +17,8 @@ from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 
 from ccd_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LENGTH = 25  # tokens of a target, its beginning and end among them
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # how an unknown character is written
@@ -160,7 +163,7 @@ def read_charset(name: str) -> Charset:
         return Charset(NAMED[name], name)
     path = Path(name)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip("\r")]
+        lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start}); write the charset as UTF-8"
@@ -169,7 +172,12 @@ def read_charset(name: str) -> Charset:
         raise UserError(
             f"charset {name}: no such name ({', '.join(NAMED)}) and no file to read ({error.strerror})"
         ) from None
-    return Charset(_characters([line.rstrip("\r") for line in lines], path), path.name)
+    while lines and not lines[-1]:
+        lines.pop()
+    blank = [str(number) for number, line in enumerate(lines, start=1) if not line]
+    if blank:
+        log.warning("%s: line %s is blank and no character (PaddleOCR counts it as one)", path, ", ".join(blank))
+    return Charset(_characters([line for line in lines if line], path), path.name)
 
 
 def _characters(lines: Sequence[str], path: Path) -> str:

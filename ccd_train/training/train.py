@@ -28,6 +28,7 @@ from ccd_train.errors import (
     TrainingError,
     UserError,
 )
+from ccd_train.files import allow_open_files
 from ccd_train.models.budget import gpu_called
 from ccd_train.training.life import write_outcome
 from ccd_train.training.metrics import Metrics
@@ -209,6 +210,7 @@ def live(task: Task) -> tuple[int, str]:
     """One life of a run, from its start or resume to its exit code and a line about it."""
     config = task.config
     config.check()
+    allow_open_files()
     read_deepspeed_file(config.deepspeed, torch.cuda.is_available())  # refused now, not after the data was opened
     distributed.initialize(config.distributed.timeout)
     run = begin(task)

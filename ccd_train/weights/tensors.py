@@ -7,6 +7,7 @@ safetensors begins with the length of a JSON header. Wrappers put words before t
 
 from __future__ import annotations
 
+import argparse
 import math
 import struct
 import zipfile
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from ccd_train.errors import UserError
 
 State = dict[str, Tensor]
+# Classes that are data alone: DINO and its forks keep their options beside the tensors.
+PLAIN: list[Any] = [argparse.Namespace]
 NAMED = 5  # tensors that an error names
 WRAPPERS = ("module.", "_orig_mod.")
 # What the readers of zip, pickle and torch raise for damaged content.
@@ -78,13 +81,14 @@ def read_tensors(path: Path) -> dict[Any, Any]:
             raise UserError(
                 f"{path}: TorchScript, which is for torch.jit.load; give the run it comes from, or its .safetensors"
             )
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if unsafe:
-            raise UserError(
-                f"{path}: holds {', '.join(unsafe)}, which could run code and is not read; where you trust it, load it "
-                "and save its tensors alone"
-            )
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN):
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if unsafe:
+                raise UserError(
+                    f"{path}: holds {', '.join(unsafe)}, which could run code and is not read; where you trust it, "
+                    "load it and save its tensors alone"
+                )
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path}: damaged ({reason}); copy it again") from None
