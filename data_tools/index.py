@@ -44,6 +44,7 @@ from data_tools.tar import BadTar, HashedFile, TarSample, make_row, read_samples
 
 INDEXED = "indexed"  # a key of the manifest's settings: its tars come from elsewhere
 _READ = 1 << 20
+_PACKED = re.compile(r"\.(t[bgx]z|tbz2|tzst|tar\.\w+)$")  # how the names of compressed tars end
 _TAR = re.compile(r".*\.(tar|t[bgx]z|tbz2|tzst|tar\.(gz|bz2|xz|zst|lz4))", re.DOTALL)
 _NAMED = 4  # kinds of members that are named
 
@@ -84,6 +85,10 @@ def find_tars(folder: Path, out: Path) -> list[Path]:
             tars.append(path)
         else:
             packed.append((path, how))
+    beside = [path for path, _ in packed if path.with_name(_PACKED.sub(".tar", path.name)) in tars]
+    for path in beside:
+        print(f"{path}: not read; it is compressed, and {_PACKED.sub('.tar', path.name)} stands beside it")
+    packed = [(path, how) for path, how in packed if path not in beside]
     if packed:
         path, how = packed[0]
         raise UserError(

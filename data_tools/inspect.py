@@ -58,6 +58,17 @@ class Look:
     def characters(self) -> int:
         return int(self.regions.max())
 
+    @property
+    def joined(self) -> bool:
+        """A crop twice as wide as high, mostly a word, that is one region or none."""
+        return self.width >= 2 * self.height and self.characters <= 1
+
+    @property
+    def astray(self) -> int | None:
+        """Regions more than the label has letters (negative: fewer); None without a label."""
+        letters = len("".join(self.label.split()))
+        return self.characters - letters if letters else None
+
 
 def main(argv: list[str]) -> int:
     """`ccd-data inspect`: see the module's docstring."""
@@ -80,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def _show_shards(folder: Path, out: Path, measure: int, shown_samples: int) -> str:
-    """Writes the page about a folder of shards; returns a line."""
+    """Writes the page about a folder of shards; returns two lines."""
     manifest, corpus = read_manifest(folder), Corpus.open(folder)
     looks, unreadable = take_looks(corpus, measure)
     if not looks:
@@ -89,7 +100,8 @@ def _show_shards(folder: Path, out: Path, measure: int, shown_samples: int) -> s
     tables = [summary(manifest, looks, unreadable), sources(manifest), refused(manifest), shown(chosen)]
     sheet = encode(contact_sheet(chosen))
     write_page(out, f"Shards {manifest.name}", sheet, histograms(manifest, looks), tables, CAPTION)
-    return f"{out / 'inspect.html'} and inspect.png: {len(looks)} samples measured, {unreadable} unreadable"
+    judged = "; ".join(f"{name}: {text}" for name, text in judgement(looks))
+    return f"{out / 'inspect.html'} and inspect.png: {len(looks)} samples measured, {unreadable} unreadable\n{judged}"
 
 
 def take_looks(corpus: Corpus, count: int) -> tuple[list[Look], int]:
@@ -155,7 +167,7 @@ def contact_sheet(looks: Sequence[Look]) -> np.ndarray:
 def _cell(number: int, sample: Look) -> np.ndarray:
     palette = np.array([(24, 24, 24), *(COLOURS[slot % len(COLOURS)] for slot in range(SLOTS))], np.uint8)
     tiles = (sample.image, np.repeat(sample.mask[..., None] * np.uint8(255), 3, axis=2), palette[sample.regions])
-    return cell(tiles, f"{number}: {sample.width}x{sample.height}, {sample.characters} regions")
+    return cell(tiles, f"{number}: {sample.width}x{sample.height}, {sample.characters} region{'s' * (sample.characters != 1)}")
 
 
 def histograms(manifest: Manifest, looks: Sequence[Look]) -> list[Histogram]:
@@ -183,11 +195,22 @@ def _counts(values: np.ndarray, edges: Sequence[float]) -> list[int]:
     return [int(count) for count in np.histogram(values, [*edges, np.inf])[0]]
 
 
+def judgement(looks: Sequence[Look]) -> list[tuple[str, str]]:
+    """How far the regions are characters, as far as that can be told."""
+    rows = [("words as one region or none", f"{np.mean([sample.joined for sample in looks]):.1%}")]
+    off = np.array([sample.astray for sample in looks if sample.astray is not None])
+    if off.size:
+        near = f"{np.mean(abs(off) <= 1):.1%} within one, {np.mean(off == 0):.1%} exactly"
+        rows.append(("as many regions as the label has letters", near))
+    return rows
+
+
 def summary(manifest: Manifest, looks: Sequence[Look], unreadable: int) -> Table:
     """The first table: what there is, and the medians of what was measured."""
     shards = manifest.shards
+    s = "" if len(shards) == 1 else "s"
     rows = [
-        ("samples", f"{manifest.samples:,} in {len(shards):,} shards, {manifest.bytes / 1e9:.3f} GB"),
+        ("samples", f"{manifest.samples:,} in {len(shards):,} shard{s}, {manifest.bytes / 1e9:.3f} GB"),
         ("with label", f"{sum(shard.labels for shard in shards):,}"),
         ("with stored mask", f"{sum(shard.masks for shard in shards):,}"),
         ("refused", f"{sum(manifest.refused.values()):,}"),
@@ -195,6 +218,7 @@ def summary(manifest: Manifest, looks: Sequence[Look], unreadable: int) -> Table
         ("measured", f"{len(looks):,} samples; {unreadable:,} more could not be read"),
         ("contrast, median", f"{np.median([sample.contrast for sample in looks]):.0f} grey levels"),
         ("characters, mean", f"{np.mean([sample.characters for sample in looks]):.1f}"),
+        *judgement(looks),
         ("without any character", f"{np.mean([sample.characters == 0 for sample in looks]):.1%}"),
         ("text pixels, mean", f"{np.mean([sample.mask.mean() for sample in looks]):.0%}"),
     ]

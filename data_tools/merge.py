@@ -50,7 +50,10 @@ def finish(state: State, plan: Plan, own: Slice | None = None) -> None:
 
 def describe(folder: Path, manifest: Manifest) -> str:
     """A line on what a folder holds."""
-    text = f"{folder}: {contents(manifest)}, {manifest.bytes / 1e6:,.1f} MB"
+    labels = sum(shard.labels for shard in manifest.shards)
+    text = f"{folder}: {contents(manifest)}, {manifest.bytes / 1e6:,.1f} MB" + (
+        f", {labels:,} labels" if labels else ""
+    )
     return text + (f"; refused: {summary(manifest.refused)}, see {REFUSED}" if manifest.refused else "")
 
 

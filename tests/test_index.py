@@ -234,6 +234,17 @@ def test_compressed_tars_are_named_as_such(tmp_path: Path, suffix: str, pack: Ca
         index.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz"])
+def test_a_compressed_tar_that_was_unpacked_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    write_tar(tmp_path / "a.tar", {"1.jpg": crop(1)})
+    (tmp_path / name).write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    assert index.main([str(tmp_path), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{name}: not read; it is compressed, and a.tar stands beside it" in printed and "1 sample" in printed
+
+
 def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.tar files here"):
         index.main([str(tmp_path)])

@@ -61,6 +61,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
     text = " ".join(outline.text)
     for part in (
         "240 in 4 shards",
+        "words as one region or none",
         "with stored mask",
         "Width in pixels",
         "Width ÷ height",
@@ -89,6 +90,30 @@ def test_regions_are_those_of_training(tiny: Tiny) -> None:
     assert np.array_equal(np.stack([sample.regions for sample in looks]), expected.numpy())
     assert np.median([sample.overlap for sample in looks if sample.overlap is not None]) > 0.7
     assert min(sample.contrast for sample in looks) > 15 and 3 < np.mean([sample.characters for sample in looks]) < 9
+
+
+def test_regions_are_judged_by_the_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 10 words every region a bar: 4 bars for 4 letters, for 5, and for 9; and one word that is a single block."""
+    with LmdbWriter(tmp_path / "lmdb") as writer:
+        for label in ("abcd", "ab cd", *["abcde"] * 3, *["abcdefghi"] * 4):
+            writer.add(bars(4), label)
+        writer.add(bars(1), "abcd")
+    convert.main(["--src", str(tmp_path / "lmdb"), "--out", str(tmp_path / "s"), "--name", "s", "--workers", "1"])
+    assert "10 labels" in capsys.readouterr().out
+    assert inspect.main([str(tmp_path / "s")]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == (
+        "words as one region or none: 10.0%; as many regions as the label has letters: 50.0% within one, 20.0% exactly"
+    )
+    assert "10 in 1 shard," in (tmp_path / "s/inspect.html").read_text()
+
+
+def bars(count: int) -> bytes:
+    """A PNG of dark bars on white, 32 × 128."""
+    image = np.full((32, 128, 3), 255, np.uint8)
+    for number in range(count):
+        image[6:26, 10 + 28 * number : 24 + 28 * number] = 0
+    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def test_labels_are_text_not_markup_and_refusals_are_listed(tmp_path: Path) -> None:
