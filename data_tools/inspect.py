@@ -167,7 +167,9 @@ def contact_sheet(looks: Sequence[Look]) -> np.ndarray:
 def _cell(number: int, sample: Look) -> np.ndarray:
     palette = np.array([(24, 24, 24), *(COLOURS[slot % len(COLOURS)] for slot in range(SLOTS))], np.uint8)
     tiles = (sample.image, np.repeat(sample.mask[..., None] * np.uint8(255), 3, axis=2), palette[sample.regions])
-    return cell(tiles, f"{number}: {sample.width}x{sample.height}, {sample.characters} region{'s' * (sample.characters != 1)}")
+    return cell(
+        tiles, f"{number}: {sample.width}x{sample.height}, {sample.characters} region{'s' * (sample.characters != 1)}"
+    )
 
 
 def histograms(manifest: Manifest, looks: Sequence[Look]) -> list[Histogram]:
