@@ -58,4 +58,8 @@ finished: $STEPS steps, interrupted half way.
   report        $run/report.html
   pictures      $run/pictures
   TensorBoard   .venv/bin/tensorboard --logdir $run/tensorboard
+next, after . .venv/bin/activate (120 steps are too few to read by; docs/finetuning.md says how much it takes):
+  ccd-train views --data.shards $shards --out views.png
+  ccd-train probe --weights $run --data $lmdb
+  ccd-train finetune --config recognizer_nano --init $run --data.train $lmdb --data.valid OTHER_WORDS --run_dir reader
 END

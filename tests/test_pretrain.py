@@ -7,17 +7,22 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import Tiny
+from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_engine import SMALL
+from test_engine import SMALL, small
 
+from ccd_train.config.pretraining import Config
+from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.tasks.pretrain.weights import read_weights
 from ccd_train.training import checkpoint
+from ccd_train.training.run import begin
 
 
 def pretrain(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,12 +74,33 @@ def test_what_a_run_leaves_behind(run: Path) -> None:
     assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 7]
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
     assert [event.step for event in board.Images("step")] == [1, 3, 6]
+    (settings,) = board.Tensors("settings/text_summary")
+    assert b"    max_steps: 7" in settings.tensor_proto.string_val[0]
     assert len(list((run / "pictures").glob("step_*.png"))) == 3
     assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"
     assert "torch " in (run / "environment.txt").read_text() and "hosts " in (run / "environment.txt").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 7
     assert checkpoint.newest(run) == run / "checkpoints" / "step_00000007"
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000007"
+
+
+def differentiated(config: Config) -> tuple[float, float]:
+    """The loss whose gradients are taken in a step, and the one that is told."""
+    run = begin(Pretraining(config))
+    run.task.begin_step(True)
+    made = [(loss.item(), parts) for loss, parts in run.task.losses(iter([next(run.batches)]))]
+    told = run.task.figures(sum(parts for _, parts in made).tolist())
+    run.close()
+    return made[0][0], told["loss"]
+
+
+def test_the_loss_that_is_told_is_the_one_that_is_differentiated(tiny: Tiny, tmp_path: Path) -> None:
+    """A new term has to be in both; see docs/architecture.md, How to add a loss term."""
+    config = small(tiny, tmp_path / "run", distillation={"segmentation_weight": 0.3})
+    ((taken, told),) = run_ranks(
+        1, differentiated, replace(config, train=replace(config.train, global_batch_size=config.train.micro_batch_size))
+    )
+    assert told == pytest.approx(taken, rel=1e-5)
 
 
 def test_a_finished_run_started_again_changes_nothing(tiny: Tiny, recipe: str, run: Path) -> None:

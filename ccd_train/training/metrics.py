@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ class Metrics:
         self._missed: set[str] = set()
         """What a full disk has kept from being written, so far."""
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        settings = run_dir / "config.yaml"
+        if settings.is_file():  # as a block of code in Markdown
+            self._board.add_text("settings", textwrap.indent(settings.read_text(encoding="utf-8"), "    "), first_step)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=last_step,
