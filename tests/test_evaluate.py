@@ -22,6 +22,7 @@ from ccd_train.errors import UserError
 from ccd_train.reports import benchmarks, evaluation
 from ccd_train.reports.benchmarks import GROUPS, BenchmarkWords, find_sets, other_size
 from ccd_train.reports.evaluation import Result
+from ccd_train.reports.mistakes import Mistake, confusions
 from ccd_train.tasks.recognize.reading import open_recognizer
 from ccd_train.tasks.recognize.scoring import rules_for, same, similarity
 from ccd_train.weights.recognizer import FILE, Trained
@@ -113,8 +114,18 @@ def test_the_page_shows_the_worst_errors_first_and_runs_nothing(run: Evaluate, t
     assert "&lt;script&gt;alert(&#x27;é&#x27;)&lt;/script&gt;" in page
     assert page.count("<li>") == 4
     assert page.count("data:image/png;base64,") == 3, "the unreadable one has no picture"
+    assert "Confused most often in these: " in page
     places = [page.index(f"record {number}") for number in (5, 4, 3)]
     assert places == sorted(places), "by similarity: nothing, another word, two characters too few"
+
+
+def test_the_page_says_what_is_confused_most() -> None:
+    def wrong(label: str, text: str) -> Mistake:
+        return Mistake(0.1, 0.9, -1, label, text, False)
+
+    found = [wrong("b00k", "book"), wrong("T0P", "toq"), wrong("ab", "a"), wrong("x", "")]
+    assert confusions(found) == "o for 0 (3), q for P (1)"
+    assert confusions(found[2:]) == ""
 
 
 def test_the_page_holds_as_many_errors_as_asked_for(run: Evaluate, tmp_path: Path) -> None:

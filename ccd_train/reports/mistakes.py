@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from ccd_train.data.masks import UndecodableImage, decode_rgb
 from ccd_train.data.records import LmdbReader
 from ccd_train.files import replace_file
 from ccd_train.reports.benchmarks import Set
 
+NAMED = 12  # pairs of characters that were confused
 HEIGHT, WIDTH = 64, 320  # pixels that a picture takes at most
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1680px; padding: 0 1rem;
@@ -58,6 +61,8 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[Set, Counts, Sequenc
         parts.append(f"<h2>{escape(one.name)}</h2>\n<p>{shown} wrong words of {counts.words:,}, the worst first.</p>")
         with LmdbReader(one.path) as reader:
             items = [_item(mistake, reader.image(-mistake.place) or b"") for mistake in worst]
+        if common := confusions(worst):
+            parts.append(f"<p>Confused most often in these: {escape(common)}.</p>")
         parts.append("<ol>\n" + "\n".join(items) + "\n</ol>")
     replace_file(path, whole(title, parts))
 
@@ -67,6 +72,17 @@ def whole(title: str, parts: Sequence[str]) -> bytes:
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
     return page.encode()
+
+
+def confusions(mistakes: Sequence[Mistake]) -> str:
+    """`o for 0 (12), l for 1 (7)`: what was read for what, by a shortest edit. Another case is no confusion."""
+    pairs = Counter(
+        (mistake.text[edit.dest_pos], mistake.label[edit.src_pos])
+        for mistake in mistakes
+        for edit in Levenshtein.editops(mistake.label, mistake.text)
+        if edit.tag == "replace" and mistake.text[edit.dest_pos].lower() != mistake.label[edit.src_pos].lower()
+    )
+    return ", ".join(f"{read} for {meant} ({count})" for (read, meant), count in pairs.most_common(NAMED))
 
 
 def _item(mistake: Mistake, data: bytes) -> str:
