@@ -131,7 +131,7 @@ def plant(root: Path) -> None:
     write_release(root / "TextSeg", {"train": 2, "val": 1, "test": 1})
     for part in ("train1", "train2", "test/easy"):
         with LmdbWriter(root / "TextZoom" / part) as writer:
-            for word in (next(words) for _ in range(3)):
+            for word in (next(words) for _ in range(12)):
                 writer.add_pair(word.image, word.image, word.label)
     write_recognizer(root / "runs/recognizer/export")
     (root / "runs/recognizer/checkpoints").mkdir()
@@ -300,19 +300,22 @@ TRIED: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def help_of(program: str, name: str) -> str:
-    """What a verb prints on --help."""
+def help_of(program: str, name: str, *recipe: str) -> str:
+    """What a verb prints on --help, after `--config NAME` where a recipe is given."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         if program == "ccd-submit":
             ends(lambda: submit.read([name, "--help"]) and 0)
         else:
             package = "ccd_train.commands" if program == "ccd-train" else "data_tools"
-            ends(lambda: int(importlib.import_module(f"{package}.{name}").main(["--help"])))
+            ends(lambda: int(importlib.import_module(f"{package}.{name}").main([*recipe, "--help"])))
     return said.getvalue()
 
 
 def helps(verbs: dict[str, list[str]]) -> dict[str, str]:
     """The helps of all verbs by "program verb"."""
     os.environ["COLUMNS"] = "300"
-    return {f"{program} {name}": help_of(program, name) for program, names in verbs.items() for name in names}
+    found = {f"{program} {name}": help_of(program, name) for program, names in verbs.items() for name in names}
+    for recipe in ("segmenter_nano", "upscaler_nano"):  # tasks with options of their own
+        found[f"ccd-train finetune --config {recipe}"] = help_of("ccd-train", "finetune", "--config", recipe)
+    return found
