@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ccd_train.data.masks import UndecodableImage, decode_rgb
-from ccd_train.data.pixels import WORD, decode_codes
 from ccd_train.data.records import LmdbReader, PairedReader
 from ccd_train.data.shards import MANIFEST
 from ccd_train.data.trees import look_into
@@ -144,6 +142,9 @@ def _pair(reader: PairedReader, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _crop(reader: LmdbReader, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Picture and codes, of one size."""
+    from ccd_train.data.masks import UndecodableImage  # OpenCV: verifying shards byte by byte needs none
+    from ccd_train.data.pixels import decode_codes
+
     picture = _decoded(f"image-{number:09d}", reader.image(number))
     key, mask = f"mask-{number:09d}", reader.mask(number)
     if mask is None:
@@ -158,6 +159,8 @@ def _crop(reader: LmdbReader, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _decoded(key: str, data: bytes | None) -> np.ndarray:
+    from ccd_train.data.masks import UndecodableImage, decode_rgb
+
     if data is None:
         raise Refusal("missing", f"{key}: missing")
     try:
@@ -168,6 +171,8 @@ def _decoded(key: str, data: bytes | None) -> np.ndarray:
 
 def _look(survey: Survey, number: int, picture: np.ndarray, partner: np.ndarray) -> None:
     """Notes what is odd about a record that is whole."""
+    from ccd_train.data.pixels import WORD
+
     if survey.kind == "crops":
         values, counts = np.unique(partner, return_counts=True)
         survey.codes.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
