@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,6 @@ def _recognizer(options: Export) -> str:
         backbone.write_backbone(out, backbone.backbone_of(trained.state, trained.model.heads, trained.origin))
         what = f"the ViT of the recogniser of {trained.origin}"
     elif options.format == "onnx":
-        print("making the ONNX model takes a minute or two …", file=sys.stderr, flush=True)
         checked = portable.write_onnx(out, trained)
         note = "; reads as the live model" if checked else "; NOT checked against the live model: no onnxruntime here"
     elif options.format == "torchscript":

@@ -19,6 +19,7 @@ import contextlib
 import io
 import json
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def write_onnx(path: Path, trained: Trained | TrainedPixels) -> bool:
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
         raise UserError(f"--format onnx needs the package {error.name}: pip install onnx onnxscript") from None
+    print("making the ONNX model takes a minute or two …", file=sys.stderr, flush=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
