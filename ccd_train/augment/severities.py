@@ -4,8 +4,8 @@ A chain is a list of groups. A view that draws a group (`probability`) gets exac
 before that, with probability `identity`, it skips the chain altogether. The numbers are those of the official pipelines
 (TongkunGuan/CCD, folder Dino/dataset: augmentation_pipelines.py for the severities, dataset_pretrain.py for
 fine-tuning), which name imgaug's operations; where a pipeline leaves a range to imgaug, imgaug's default is written out
-here. What differs, and why, is in docs/augmentations.md. The operations themselves, in ccd_train/photometric, know
-nothing of this table.
+here. What differs, and why, is in docs/augmentations.md. The operations themselves, in ccd_train/augment/photometric,
+know nothing of this table.
 
 Units: grey levels 0–255 unless said; hues on OpenCV's circle of 180; sizes in pixels of the 32×128 crop.
 """
