@@ -56,11 +56,12 @@ def _progress(run_dir: Path, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     batch = metrics["samples"] / step
     last_step = config.max_steps or -(-config.train.total_samples // batch)
     left = duration(max(last_step - step, 0) * batch / rate) if rate else "nobody knows how long"
+    score = config.score or "{:.2%} of the words right"
     return [
         ("step", f"{step:,} of {last_step:,.0f}, logged {duration(age)} ago"),
         ("rate", f"{rate:,.0f} samples/s"),
         ("left", left),
-        *([] if metrics[BEST] is None else [("validation", f"{metrics[BEST]:.2%} of the words right at best")]),
+        *([] if metrics[BEST] is None else [("validation", f"{score.format(metrics[BEST])} at best")]),
     ]
 
 

@@ -19,6 +19,7 @@ from conftest import Tiny
 from test_engine import SMALL
 
 from ccd_train.config.options import parse
+from ccd_train.config.pixels import Upscaling
 from ccd_train.config.pretraining import Config
 from ccd_train.durations import duration
 from ccd_train.errors import UserError
@@ -69,6 +70,13 @@ def test_every_validation_is_told_at_once(tmp_path: Path, capsys: pytest.Capture
     _, second, last = capsys.readouterr().err.splitlines()
     assert "step 42/100" in second and second.endswith(", 12.3% right at best (step 42)")
     assert "step 100/100" in last and last.endswith(", 12.3% right at best (step 42)")
+
+
+def test_a_score_that_is_no_share_of_words_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, 0, 100, score=Upscaling.score)
+    metrics.write({**figures(42), "valid_best": 28.583})
+    metrics.close()
+    assert capsys.readouterr().err.rstrip().endswith("left, psnr 28.58 dB at best (step 42)")
 
 
 def test_a_later_life_drops_alarms_beyond_its_checkpoint(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from ranks import run_ranks
 from test_engine import small
 
 from ccd_train.commands import report
+from ccd_train.config.pixels import Segmenting
 from ccd_train.config.pretraining import Config
 from ccd_train.drawing import charts
 from ccd_train.errors import UserError
 from ccd_train.reports.history import read_history, read_lives
+from ccd_train.reports.page import curves, overview
 from ccd_train.tasks.pretrain.task import Pretraining
 from ccd_train.training.life import write_outcome
 from ccd_train.training.metrics import Metrics
@@ -97,6 +99,10 @@ def test_a_fine_tunings_accuracy_comes_first(runs: list[Path]) -> None:
     found = {name: np.r_[np.nan, np.full(count - 1, 0.25)] for name in ("valid_best", "valid_all", "valid_unreadable")}
     page = report.page([replace(history, metrics={**history.metrics, **found})])
     assert "validation words right, at best</td><td>25.00%" in page
+    masks = replace(history, config=Segmenting(), metrics={**history.metrics, **found})
+    costs, drawn = overview([masks]), curves([masks])
+    assert "validation, at best</td><td>fg_iou 0.2500" in costs and "words" not in costs
+    assert "<figcaption>Validation, at best" in drawn and "Words" not in drawn
     titles = re.findall("<figcaption>([^<]*)", page)
     assert titles[0] == "Words of the validation read right" and "valid_all" not in titles
     flat = ["Loss scale", "Skipped steps", "Damaged samples", "Images of the validation that cannot be read"]

@@ -17,6 +17,7 @@ from painted import write_crops, write_pairs
 
 from ccd_train.config.options import describe as describe_settings
 from ccd_train.config.options import parse, read_recipe, to_dict
+from ccd_train.config.pixels import Segmenting
 from ccd_train.config.pretraining import Config
 from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import Checkpoint, identity
@@ -319,6 +320,8 @@ def test_how_a_run_stands(tiny: Tiny, tmp_path: Path) -> None:
     lines = [row | {"valid_best": 0.125}, row | {"step": 41}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "validation    12.50% of the words right at best" in describe(tmp_path)
+    (tmp_path / "config.yaml").write_text(describe_settings(read_recipe("segmenter_nano", Segmenting)))
+    assert "validation    fg_iou 0.1250 at best" in describe(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         describe(tmp_path / "nothing")
 

@@ -133,6 +133,7 @@ class Segmenting(PixelTuning):
 
     task: ClassVar[str] = SEGMENT
     section: ClassVar[str] = "segmenter"
+    score: ClassVar[str] = "fg_iou {:.4f}"
     data: MaskedPictures = field(default_factory=MaskedPictures)
     segmenter: MaskHead = field(default_factory=MaskHead)
 
@@ -143,6 +144,7 @@ class Upscaling(PixelTuning):
 
     task: ClassVar[str] = SUPERRESOLVE
     section: ClassVar[str] = "upscaler"
+    score: ClassVar[str] = "psnr {:.2f} dB"
     data: PicturePairs = field(default_factory=PicturePairs)
     upscaler: PictureHead = field(default_factory=PictureHead)
     optimizer: AdamW = field(

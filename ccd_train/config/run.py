@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from ccd_train.errors import UserError
 
@@ -168,6 +168,8 @@ class Distributed:
 class RunConfig:
     """What every run is told, whatever it trains."""
 
+    score: ClassVar[str] = ""
+    """How a best validation is written, such as "psnr {:.2f} dB"; "": as the share of words that are read right."""
     run_dir: Path | None = None
     """Folder of the run; the same folder again goes on where it stopped."""
     init: Path | None = None

@@ -24,9 +24,10 @@ from ccd_train.durations import duration
 from ccd_train.models.budget import gpu_called, training_flops
 from ccd_train.reports.history import History
 
+WORDS_READ = "Words of the validation read right"
 # Figures that share a chart of one run; whatever else is logged gets a chart of its own.
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Words of the validation read right", ("valid_best", "valid_lower_alnum", "valid_case", "valid_all")),
+    (WORDS_READ, ("valid_best", "valid_lower_alnum", "valid_case", "valid_all")),
     ("Losses", ("loss", "loss_distillation", "loss_segmentation", "valid_loss")),
     ("Teacher's entropy, and KL to the student (nats)", ("teacher_entropy", "kl")),
     ("Prototypes in use", ("prototypes_used",)),
@@ -86,14 +87,15 @@ def _costs(run: History) -> dict[str, str]:
     ranks = run.lives[-1].ranks if run.lives else 1
     rate, typical = run.rate, float(np.nanmedian(run.metrics["samples_per_second"]))
     best = run.metrics.get("valid_best", np.array([]))
-    best = best[np.isfinite(best)]
+    best, score = best[np.isfinite(best)], run.config.score
     down = sum(max(b.started - a.ended, 0) for a, b in zip(run.lives, run.lives[1:], strict=False))
     outcome = run.outcome.get("outcome", "running, or killed")
     return {
         "outcome": f"{outcome}: {run.outcome['message']}" if run.outcome else outcome,
         "steps": f"{last['step']:,.0f}",
         "samples": f"{last['samples']:,.0f}, {last['epoch']:.2f} epochs",
-        "validation words right, at best": f"{best[-1]:.2%}" if len(best) else NONE,
+        "validation words right, at best": f"{best[-1]:.2%}" if len(best) and not score else NONE,
+        "validation, at best": score.format(best[-1]) if len(best) and score else NONE,
         "loss, at last": number(float(last["loss"])),
         "lives": f"{len(run.lives)}; {duration(down)} between them",
         f"{unit} hours": f"{run.rank_hours:,.2f} ({duration(run.seconds)} on {ranks})",
@@ -121,6 +123,8 @@ def curves(runs: Sequence[History]) -> str:
     groups = [*CHARTS, *((name, (name,)) for name in logged if name not in named), *LAST]
     charts = []
     for title, names in groups:
+        if title == WORDS_READ and any(run.config.score for run in runs):
+            title = "Validation, at best"
         if len(runs) > 1:
             for name in names:
                 lines = [

@@ -47,8 +47,13 @@ class Alarm:
 class Metrics:
     """Appends a JSON object per logged step; each line is on disk before the next step begins."""
 
-    def __init__(self, run_dir: Path, first_step: int, last_step: int, wandb: str | None = None) -> None:
-        """Goes on after `first_step` steps: what an earlier life wrote beyond them is dropped, a torn line too."""
+    def __init__(
+        self, run_dir: Path, first_step: int, last_step: int, wandb: str | None = None, score: str = ""
+    ) -> None:
+        """Goes on after `first_step` steps: what an earlier life wrote beyond them is dropped, a torn line too.
+
+        score: as in RunConfig.
+        """
         self._path = run_dir / "metrics.jsonl"
         self._alarms = run_dir / "alarms.jsonl"
         for path in (self._path, self._alarms):
@@ -71,7 +76,7 @@ class Metrics:
         )
         self._last_step = last_step
         self._spoke = 0.0
-        self._validated = ""
+        self._validated, self._score = "", score or "{:.1%} right"
         self._wandb = None if wandb is None else join_wandb(wandb, run_dir)
 
     def write(self, values: Mapping[str, float]) -> None:
@@ -141,7 +146,8 @@ class Metrics:
             f"{duration(left)} left"
         )
         if "valid_best" in values:
-            self._validated = f", {values['valid_best']:.1%} right at best (step {values['step']:.0f})"
+            best = self._score.format(values["valid_best"])
+            self._validated = f", {best} at best (step {values['step']:.0f})"
         text += self._validated
         if self._terminal:
             self._bar.set_description_str(text)

@@ -188,7 +188,8 @@ def guarded(run: Run[Any]) -> Iterator[Metrics | None]:
     metrics = None
     try:
         if distributed.rank() == 0:
-            metrics = Metrics(run.run_dir, run.progress.step, run.last_step, run.config.log.wandb)
+            config = run.config
+            metrics = Metrics(run.run_dir, run.progress.step, run.last_step, config.log.wandb, config.score)
         yield metrics
     except torch.OutOfMemoryError:
         peak, snapshot = torch.cuda.max_memory_allocated() / 2**30, memory_is_full(run.run_dir)
