@@ -255,9 +255,9 @@ def score(painter: Painter, measure: Measure, name: str, source: Couples, option
         rows.append(measure.rows(source, batch, output))
         numbers += [one.number for one in batch]
         for one, painted, bad in zip(batch, output, measure.badness(rows[-1]).tolist(), strict=True):
-            label = source.label(one.number) or ""
-            entry = Bad(bad, -one.number, label, measure.shown(one, painted))
-            _keep(worst, entry, options.errors)
+            if len(worst) < options.errors or (worst and (bad, -one.number) > worst[0][:2]):
+                label = source.label(one.number) or ""
+                _keep(worst, Bad(bad, -one.number, label, measure.shown(one, painted)), options.errors)
     if not rows:
         named = "; ".join(left_out[:4])
         raise UserError(f"{source.path}: none of its {len(source):,} pictures can be used ({named})")
@@ -304,10 +304,10 @@ def warnings(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _keep(worst: list[Bad], entry: Bad, count: int) -> None:
-    """Keeps the worst so many; pictures are never compared, as places differ."""
+    """Keeps the worst so many, of which `entry` is one; pictures are never compared, as places differ."""
     if len(worst) < count:
         heapq.heappush(worst, entry)
-    elif worst:
+    else:
         heapq.heappushpop(worst, entry)
 
 
