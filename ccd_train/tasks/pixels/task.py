@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,15 +27,13 @@ from ccd_train.data.batches import Batch
 from ccd_train.data.loader import Batches, Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.pairs import open_pairs
-from ccd_train.errors import UserError
 from ccd_train.files import write_json
 from ccd_train.models.pixels import PixelNetwork, pixel_loss
 from ccd_train.tasks.pixels import sheets
 from ccd_train.tasks.pixels.start import start_from
 from ccd_train.training import schedules
 from ccd_train.training.ahead import Ahead
-from ccd_train.training.best import Best
-from ccd_train.training.task import Task
+from ccd_train.training.tuning import Tuning
 from ccd_train.weights import pixels
 from ccd_train.weights.pixels import TrainedPixels
 
@@ -43,11 +41,12 @@ log = logging.getLogger(__name__)
 
 VALIDATED_AT_ONCE = 128  # pictures, by each rank
 SHOWN = 8  # rows of a sheet
-BEST = f"export/{pixels.FILE}"  # in the run folder
 
 
-class PixelTask(Task):
+class PixelTask(Tuning):
     config: PixelTuning
+    kept_at: ClassVar[str] = f"export/{pixels.FILE}"
+    score_key: ClassVar[str] = "score"
     headline: ClassVar[str]
     """The score that decides which weights are kept."""
     form: ClassVar[str]
@@ -82,8 +81,8 @@ class PixelTask(Task):
         config = self.config
         self.train, self.valid, self.left_out = open_pairs(config.data, config.seed)
         self.samples_per_epoch, self.validate_every = self.train.num_samples, config.valid.every_steps
-        self.best, self.sheet = Best(config.valid), dict[str, np.ndarray]()
-        self.init = "/".join((config.init or Path()).parts[-2:])  # not where it lies on this machine
+        self.sheet = dict[str, np.ndarray]()
+        self.begin_choosing(config.valid, {"valid": self.valid.hash})
         return {
             "corpus": self.train.hash, f"corpus{CONTENT}": self.train.content, f"corpus{TOLD}": self.train.told,
             "valid": self.valid.hash, f"valid{CONTENT}": self.valid.content, f"valid{TOLD}": self.valid.told,
@@ -195,63 +194,17 @@ class PixelTask(Task):
         """Of the newest validation of this life: the first pictures held out, what the network makes of them, truth."""
         return self.sheet
 
-    def judge(self, score: float) -> None:
-        """Takes note of a validation of the copy, and keeps the best as RUN/export (all ranks together)."""
-        step = self.progress.step
-        if not self.best.judge(score, step, last=step == self.home.schedule_steps):
-            return
-        state = self.average.state_dict()
-        with distributed.together():
-            # a life before this one, on other ranks, may have been better by a rounding at a step that was lost
-            if distributed.rank() == 0 and score >= self.best.kept:
-                self.export(state, score)
+    def write(self, path: Path, state: dict[str, Tensor], score: float) -> None:
+        config = self.config
+        about = {"score": score, "score_name": self.headline, "student": config.student}
+        about |= self.told(config.data.fraction)
+        run_dir = str(self.home.run_dir)
+        pixels.write(path, TrainedPixels(config.task, config.model, config.head, self.reading, state, about, run_dir))
 
-    def export(self, state: dict[str, Tensor], score: float) -> None:
-        """Writes the weights for others to RUN/export (rank 0)."""
-        config, progress = self.config, self.progress
-        about = {
-            "score": score, "score_name": self.headline, "step": progress.step, "samples": progress.samples,
-            "seed": config.seed, "fraction": config.data.fraction, "init": self.init, "student": config.student,
-            "global_batch_size": self.home.global_batch, **self.home.facts,
-        }  # fmt: skip
-        run_dir = self.home.run_dir
-        trained = TrainedPixels(config.task, config.model, config.head, self.reading, state, about, str(run_dir))
-        try:
-            pixels.write(run_dir / BEST, trained)
-            self.best.kept = score
-        except UserError as error:  # a full disk, say: the checkpoints have the weights as well
-            log.warning("step %d: the best weights so far are not exported (%s)", progress.step, error)
-
-    # Each checkpoint
-
-    def state(self) -> dict[str, Any]:
-        return {"init": self.init, **self.best.state()}
-
-    def restore(self, state: dict[str, Any], folder: Path) -> None:
-        if distributed.rank() == 0:
-            log.info("--init %s is ignored: the run goes on", self.config.init)
-        self.init = state["init"]
-        if state["valid"] == self.valid.hash:
-            self.best.restore(state)  # else it was measured by another measure
-        with distributed.together():
-            if distributed.rank() == 0 and (self.home.run_dir / BEST).exists():
-                self._find_kept(self.home.run_dir / BEST)
-
-    def _find_kept(self, path: Path) -> None:
-        """What RUN/export holds from the lives before, if it was measured as it is now (rank 0)."""
-        try:
-            about = pixels.read(path).about
-        except UserError as error:
-            log.warning("the next validation writes the best weights anew: %s", error)
-            return
-        if about.get("valid") == self.valid.hash:
-            self.best.kept = float(about["score"])
+    def read_told(self, path: Path) -> Mapping[str, Any]:
+        return pixels.read(path).about
 
     # The end
-
-    @property
-    def over(self) -> bool:
-        return self.best.patience_is_over
 
     def remarks(self) -> str:
         return self.best.remarks(f"{self.headline} on the pictures held out", self.form)

@@ -12,9 +12,9 @@ command again goes on where the run stopped. RUN/export holds the weights that r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,7 @@ from ccd_train.tasks.recognize.scoring import RULES, meaning, rules_for, same, s
 from ccd_train.tasks.recognize.start import start_from
 from ccd_train.training import schedules
 from ccd_train.training.ahead import Ahead, ahead, made_of
-from ccd_train.training.best import Best
-from ccd_train.training.task import Task
+from ccd_train.training.tuning import Tuning
 from ccd_train.weights import recognizer
 from ccd_train.weights.recognizer import Trained
 
@@ -49,8 +48,10 @@ READ_AT_ONCE = 256  # words of a validation, by each rank
 BEST = f"export/{recognizer.FILE}"  # in the run folder
 
 
-class Recognition(Task):
+class Recognition(Tuning):
     config: FineTuning
+    kept_at: ClassVar[str] = BEST
+    score_key: ClassVar[str] = "accuracy"
 
     # Building
 
@@ -68,8 +69,8 @@ class Recognition(Task):
         )
         self.refuse_empty_score()
         self.samples_per_epoch, self.validate_every = self.words.num_samples, config.valid.every_steps
-        self.augmentation, self.best = WordAugmentation(config.augment, Affine()), Best(config.valid)
-        self.init = "/".join((config.init or Path()).parts[-2:])  # not where it lies on this machine
+        self.augmentation = WordAugmentation(config.augment, Affine())
+        self.begin_choosing(config.valid, {"rule": config.valid.rule, "valid": self.valid.hash})
         return {
             "corpus": self.words.hash, f"corpus{CONTENT}": self.words.content, f"corpus{TOLD}": self.words.told,
             "valid": self.valid.hash, f"valid{CONTENT}": self.valid.content, f"valid{TOLD}": self.valid.told,
@@ -220,63 +221,16 @@ class Recognition(Task):
             "valid_unreadable": lost,
         }
 
-    def judge(self, accuracy: float) -> None:
-        """Takes note of a validation of the copy, and keeps the best as RUN/export (all ranks together)."""
-        step = self.progress.step
-        if not self.best.judge(accuracy, step, last=step == self.home.schedule_steps):
-            return
-        state = self.average.state_dict()
-        with distributed.together():
-            # a life before this one, on other ranks, may have been better by a rounding at a step that was lost
-            if distributed.rank() == 0 and accuracy >= self.best.kept:
-                self.export(state, accuracy)
-
-    def export(self, state: dict[str, Tensor], accuracy: float) -> None:
-        """Writes the weights for others to RUN/export (rank 0)."""
-        config, progress = self.config, self.progress
-        about = {
-            "accuracy": accuracy, "rule": config.valid.rule, "step": progress.step, "samples": progress.samples,
-            "seed": config.seed, "fraction": config.data.fraction, "init": self.init,
-            "global_batch_size": self.home.global_batch, **self.home.facts,
-        }  # fmt: skip
+    def write(self, path: Path, state: dict[str, Tensor], score: float) -> None:
+        config = self.config
+        about = {"accuracy": score, "rule": config.valid.rule, **self.told(config.data.fraction)}
         trained = Trained(config.model, config.recognizer, self.charset, state, about, str(self.home.run_dir))
-        try:
-            recognizer.write(self.home.run_dir / BEST, trained)
-            self.best.kept = accuracy
-        except UserError as error:  # a full disk, say: the checkpoints have the weights as well
-            log.warning("step %d: the best weights so far are not exported (%s)", progress.step, error)
+        recognizer.write(path, trained)
 
-    # Each checkpoint
-
-    def state(self) -> dict[str, Any]:
-        return {"init": self.init, **self.best.state()}
-
-    def restore(self, state: dict[str, Any], folder: Path) -> None:
-        if distributed.rank() == 0:
-            log.info("--init %s is ignored: the run goes on", self.config.init)
-        self.init = state["init"]
-        if (state["settings"]["valid"]["rule"], state["valid"]) == (self.config.valid.rule, self.valid.hash):
-            self.best.restore(state)  # else it was measured by another measure
-        self._find_kept()
-
-    def _find_kept(self) -> None:
-        """What RUN/export holds from the lives before, if it was measured as it is now (rank 0)."""
-        path, facts = self.home.run_dir / BEST, self.home.facts
-        with distributed.together():
-            if distributed.rank() == 0 and path.exists():
-                try:
-                    about = recognizer.read_export(path).about
-                except UserError as error:
-                    log.warning("the next validation writes the best weights anew: %s", error)
-                    about = {}
-                if (about.get("rule"), about.get("valid")) == (self.config.valid.rule, facts["valid"]):
-                    self.best.kept = float(about["accuracy"])
+    def read_told(self, path: Path) -> Mapping[str, Any]:
+        return recognizer.read_export(path).about
 
     # The end
-
-    @property
-    def over(self) -> bool:
-        return self.best.patience_is_over
 
     def remarks(self) -> str:
         weak = 0 <= self.best.score < READS_LITTLE and self.progress.step >= self.home.schedule_steps
