@@ -1,4 +1,4 @@
-"""Times for people."""
+"""Times, and how often, for people."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def times(count: float) -> str:
+    """0.35 times, 2.5 times, 1,200 times."""
+    return f"{count:,.0f} times" if count >= 10 else f"{count:.2g} times"

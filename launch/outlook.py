@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from ccd_train.config.pretraining import Config
 from ccd_train.config.run import RunConfig
+from ccd_train.durations import times
 from launch.lives import newest_step
 from launch.preflight import Size, checkpoint_bytes, existing
 
@@ -24,12 +25,12 @@ def outlook(
     micro = config.train.micro_batch_size
     batch = batch or micro * ranks
     waves = batch // (micro * ranks)
-    times = f" × {waves} micro-batches" if waves > 1 else ""
+    several = f" × {waves} micro-batches" if waves > 1 else ""
     keep, each = config.checkpoint.keep, checkpoint_bytes(size.parameters)
     free = shutil.disk_usage(existing(config.run_dir)).free
     again = "one job after another" if arguments.chain else f"started again up to {arguments.max_requeues} times"
     return [
-        ("batch", f"{batch:,} samples a step: {ranks} ranks × {micro}{times}"),
+        ("batch", f"{batch:,} samples a step: {ranks} ranks × {micro}{several}"),
         ("steps", _steps(config, size.samples, batch)),
         ("disk", f"{keep} checkpoints and one being written, {each / 1e9:.2g} GB each; {free / 1e9:.0f} GB are free"),
         (
@@ -54,9 +55,7 @@ def _steps(config: RunConfig, samples: int | None, batch: int) -> str:
     stopped = f" of {whole:,} (--max-steps)" if last < whole else ""
     if samples is None:
         return f"{last:,}{stopped}{origin}"
-    seen = last * batch / samples
-    often = f"{seen:,.0f} times" if seen >= 10 else f"{seen:.2g} times"
-    return f"{last:,}{stopped}{origin}: each of {samples:,} samples is seen {often}"
+    return f"{last:,}{stopped}{origin}: each of {samples:,} samples is seen {times(last * batch / samples)}"
 
 
 def _how_long(config: RunConfig, ranks: int, arguments: Namespace) -> str:

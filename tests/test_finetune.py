@@ -33,9 +33,8 @@ from ccd_train.errors import UserError
 from ccd_train.models.ccd import Student, Teacher
 from ccd_train.models.recognizer import Recognizer
 from ccd_train.tasks.pretrain.task import Pretraining
-from ccd_train.tasks.pretrain.weights import open_weights
+from ccd_train.tasks.pretrain.weights import BACKBONE, open_weights
 from ccd_train.tasks.recognize.reading import Reader
-from ccd_train.tasks.recognize.start import BACKBONE
 from ccd_train.tasks.recognize.task import BEST, Recognition
 from ccd_train.training import checkpoint
 from ccd_train.training.run import begin

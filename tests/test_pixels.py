@@ -30,9 +30,8 @@ from ccd_train.data.pixels import fit, fit_mask
 from ccd_train.data.records import LmdbWriter
 from ccd_train.errors import UserError
 from ccd_train.tasks.choice import task_of
-from ccd_train.tasks.pixels.start import BACKBONE
 from ccd_train.tasks.pretrain.task import Pretraining
-from ccd_train.tasks.pretrain.weights import open_weights
+from ccd_train.tasks.pretrain.weights import BACKBONE, open_weights
 from ccd_train.training.run import begin
 from ccd_train.training.train import train, train_step
 from ccd_train.weights import pixels

@@ -12,15 +12,12 @@ from ccd_train.config.recognition import SCRATCH
 from ccd_train.config.run import refuse_other
 from ccd_train.errors import UserError
 from ccd_train.models.pixels import PixelNetwork
-from ccd_train.tasks.pretrain.weights import open_backbone, open_weights
+from ccd_train.tasks.pretrain.weights import of_backbone, open_backbone, open_weights, remedy_of, take_backbone
 from ccd_train.weights import pixels
 from ccd_train.weights.backbone import Backbone, backbone_of
 from ccd_train.weights.tensors import load
 
 log = logging.getLogger(__name__)
-
-BACKBONE = ("width", "depth", "heads")  # settings of the model that must be those of the pretraining
-REMEDY = "take the recipe of its size"
 
 
 def start_from(config: PixelTuning, network: PixelNetwork) -> None:
@@ -32,18 +29,18 @@ def start_from(config: PixelTuning, network: PixelNetwork) -> None:
         log.info("weights: %s", "random" if path == SCRATCH else f"{whose} of {path}")
     if path == SCRATCH:
         return
-    mine = {name: to_dict(config.model)[name] for name in BACKBONE}
     if path.exists() and pixels.is_pixels(path):
         trained = pixels.read(path)
         if trained.task != config.task:
             raise UserError(f"--init {path}: learnt another task ({trained.task}); give what was pretrained")
-        refuse_other("model", path, to_dict(trained.model), mine, REMEDY)
-        refuse_other(config.section, path, to_dict(trained.head), to_dict(config.head), REMEDY, except_for=("loss",))
+        theirs = of_backbone(to_dict(trained.model))
+        remedy = remedy_of(theirs, type(config))
+        refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), remedy)
+        refuse_other(config.section, path, to_dict(trained.head), to_dict(config.head), remedy, except_for=("loss",))
         load(network, trained.state, trained.origin)
         return
     found = _of_student(path, config.model.heads) if config.student else open_backbone(path, config.model.heads)
-    refuse_other("model", path, {name: getattr(found, name) for name in BACKBONE}, mine, REMEDY)
-    load(network.vit, found.state, found.origin)
+    take_backbone(path, found, config, network.vit)
 
 
 def _of_student(path: Path, heads: int) -> Backbone:

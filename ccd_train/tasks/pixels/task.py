@@ -27,6 +27,7 @@ from ccd_train.data.batches import Batch
 from ccd_train.data.loader import Batches, Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.pairs import open_pairs
+from ccd_train.durations import times
 from ccd_train.files import write_json
 from ccd_train.models.pixels import PixelNetwork, pixel_loss
 from ccd_train.tasks.pixels import sheets
@@ -106,8 +107,8 @@ class PixelTask(Tuning):
         if distributed.rank() == 0:
             samples = self.config.train.total_samples
             log.info(
-                "%d pictures to learn from, %d held out; %d samples: each is seen %.3g times",
-                self.train.num_samples, self.valid.num_samples, samples, samples / self.train.num_samples,
+                "%d pictures to learn from, %d held out; %s samples: each is seen %s", self.train.num_samples,
+                self.valid.num_samples, f"{samples:,}", times(samples / self.train.num_samples),
             )  # fmt: skip
             counts = {"train": self.train.num_samples, "valid": self.valid.num_samples, "left_out": self.left_out}
             write_json(self.home.run_dir / "pictures.json", counts)

@@ -7,8 +7,10 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from ccd_train.config.options import to_dict
+from ccd_train.config.options import read_recipe, recipes, to_dict
+from ccd_train.config.pixels import PixelTuning
 from ccd_train.config.pretraining import Config
+from ccd_train.config.recognition import FineTuning
 from ccd_train.config.run import refuse_other
 from ccd_train.config.stored import from_stored
 from ccd_train.errors import UserError
@@ -18,6 +20,7 @@ from ccd_train.weights.backbone import Backbone, Weights
 from ccd_train.weights.tensors import load
 
 TEACHER = "teacher.safetensors"
+BACKBONE = ("width", "depth", "heads")  # settings of the model that are those of the pretraining
 CENTER = "center"  # beside the teacher's weights
 
 
@@ -50,6 +53,26 @@ def start_from(path: Path, config: Config, student: nn.Module) -> None:
     free = ("drop_path", "freeze_gain", "initial_std", "contrast_std")
     refuse_other("model", path, to_dict(found.model), to_dict(config.model), "give the model's own settings", free)
     load(student, found.student, found.origin)
+
+
+def take_backbone(path: Path, found: Backbone, config: FineTuning | PixelTuning, vit: nn.Module) -> None:
+    """Gives a new fine-tuning the ViT that --init names. Raises UserError if their sizes differ."""
+    theirs = {name: getattr(found, name) for name in BACKBONE}
+    refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), remedy_of(theirs, type(config)))
+    load(vit, found.state, found.origin)
+
+
+def remedy_of(sizes: dict[str, object], kind: type[FineTuning | PixelTuning]) -> str:
+    """Names the recipes of this kind whose backbone has these sizes."""
+    fit = [name for name in recipes(kind) if of_backbone(to_dict(read_recipe(name, kind).model)) == sizes]
+    return (
+        f"take --config {' or '.join(fit)}" if fit else "no recipe has its size: give it by --model.width and the like"
+    )
+
+
+def of_backbone(model: dict[str, object]) -> dict[str, object]:
+    """The settings of a model that every fine-tuning shares with its pretraining."""
+    return {name: model[name] for name in BACKBONE}
 
 
 def _of_checkpoint(path: Path) -> Weights:

@@ -6,18 +6,17 @@ import logging
 from pathlib import Path
 
 from ccd_train import distributed
-from ccd_train.config.options import read_recipe, recipes, to_dict
+from ccd_train.config.options import to_dict
 from ccd_train.config.recognition import SCRATCH, FineTuning
 from ccd_train.config.run import refuse_other
 from ccd_train.data.charset import Charset
 from ccd_train.models.recognizer import Recognizer
-from ccd_train.tasks.pretrain.weights import open_backbone
+from ccd_train.tasks.pretrain.weights import of_backbone, open_backbone, remedy_of, take_backbone
 from ccd_train.weights import recognizer
 from ccd_train.weights.tensors import is_torch, load
 
 log = logging.getLogger(__name__)
 
-BACKBONE = ("width", "depth", "heads")  # settings of the model that a recogniser has in common with a pretraining
 OF_THE_CHARSET = ("decoder.embedding.", "decoder.classifier.")
 
 
@@ -32,10 +31,7 @@ def start_from(config: FineTuning, charset: Charset, student: Recognizer) -> Non
     if path.exists() and recognizer.is_recognizer(path):
         _start_from_recognizer(path, config, charset, student)
         return
-    found = open_backbone(path, config.model.heads)
-    theirs = {name: getattr(found, name) for name in BACKBONE}
-    refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), _remedy(theirs))
-    load(student.vit, found.state, found.origin)
+    take_backbone(path, open_backbone(path, config.model.heads), config, student.vit)
 
 
 def _start_from_recognizer(path: Path, config: FineTuning, charset: Charset, student: Recognizer) -> None:
@@ -44,7 +40,7 @@ def _start_from_recognizer(path: Path, config: FineTuning, charset: Charset, stu
     trained = recognizer.read(path, _charset_of(path, charset), config.model.heads, sizes.heads, sizes.length)
     free = ("dropout", "length")
     theirs = of_backbone(to_dict(trained.model))
-    remedy = _remedy(theirs)
+    remedy = remedy_of(theirs, FineTuning)
     refuse_other("recognizer", path, to_dict(trained.sizes), to_dict(config.recognizer), remedy, except_for=free)
     refuse_other("model", path, theirs, of_backbone(to_dict(config.model)), remedy)
     state = trained.state
@@ -64,16 +60,3 @@ def _charset_of(path: Path, charset: Charset) -> Charset | None:
     if not is_torch(path):
         return None
     return charset if recognizer.official_classes(path) == charset.classes else None
-
-
-def _remedy(sizes: dict[str, object]) -> str:
-    """Names the recipes whose backbone has these sizes."""
-    fit = [name for name in recipes(FineTuning) if of_backbone(to_dict(read_recipe(name, FineTuning).model)) == sizes]
-    return (
-        f"take --config {' or '.join(fit)}" if fit else "no recipe has its size: give it by --model.width and the like"
-    )
-
-
-def of_backbone(model: dict[str, object]) -> dict[str, object]:
-    """The settings of a model that a recogniser shares with a pretraining."""
-    return {name: model[name] for name in BACKBONE}

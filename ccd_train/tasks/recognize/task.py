@@ -29,6 +29,7 @@ from ccd_train.data.charset import Tally, read_charset
 from ccd_train.data.loader import Batches, Share, loader
 from ccd_train.data.order import Order
 from ccd_train.data.words import Words, open_words
+from ccd_train.durations import times
 from ccd_train.errors import UserError
 from ccd_train.files import write_json
 from ccd_train.models import decoding
@@ -128,12 +129,7 @@ class Recognition(Tuning):
         if self.words.sources & self.valid.sources:
             log.warning("data.valid: has words of data.train; what was learnt by heart is not told from what is read")
         samples = self.config.train.total_samples
-        times = samples / self.words.num_samples
-        log.info(
-            "%s samples: every word is seen %s times",
-            f"{samples:,}",
-            f"{times:,.0f}" if times >= 10 else f"{times:.2g}",
-        )
+        log.info("%s samples: every word is seen %s", f"{samples:,}", times(samples / self.words.num_samples))
         found = {name: {"words": words.num_samples, **vars(tally)} for name, words, tally in parts}
         write_json(self.home.run_dir / "labels.json", found)
 
