@@ -77,7 +77,7 @@ def test_the_share_of_the_peak_is_told_where_the_card_is_known(monkeypatch: pyte
 def test_a_full_memory_leaves_a_snapshot_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))
     run = SimpleNamespace(
-        run_dir=tmp_path, config=SimpleNamespace(log=SimpleNamespace(wandb=None)), last_step=9,
+        run_dir=tmp_path, config=SimpleNamespace(log=SimpleNamespace(wandb=None), score=""), last_step=9,
         progress=SimpleNamespace(step=4), close=lambda: None,
     )  # fmt: skip
     with pytest.raises(TrainingError, match=r"out of GPU memory in step 5 .*memory_full_rank0\.pickle"), \
