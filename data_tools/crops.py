@@ -80,7 +80,7 @@ class Outcome:
     codes: dict[str, int] = field(default_factory=dict)
     """Pixels of each code in the crops' masks."""
     sha256: str = ""
-    """Of all records in their order."""
+    """Taken over all records in their order."""
 
     def told(self, split: str) -> str:
         text = f"{split}: {self.pictures:,} pictures, {self.words:,} words: {self.crops:,} crops"
@@ -109,7 +109,7 @@ class Home:
     def __init__(self, out: Path, plan: dict[str, Any]) -> None:
         self.out, self.folder, self._plan = out, out / UNFINISHED, plan
         self.record: dict[str, Outcome] | None = None
-        """Of a finished folder, by split."""
+        """The outcomes of a finished folder, by split."""
 
     def begin(self) -> None:
         """Makes the folder this plan's own. UserError if it holds anything else."""
@@ -131,7 +131,7 @@ class Home:
             raise self._refusal(f"holds other crops: {said}")
 
     def outcome(self, split: str) -> Outcome | None:
-        """Of a split that is done, None if it is to be made (again)."""
+        """What became of a split; None if it is to be made (again)."""
         places = [self.out / split / FILE]
         if self.record is not None:
             done = self.record.get(split)

@@ -343,7 +343,7 @@ def _size(file: Path) -> int:
 
 
 def _encode(pixels: np.ndarray, extension: str) -> bytes:
-    """Of RGB uint8 [H, W, 3] or codes uint8 [H, W]; JPEG of quality 95, or PNG."""
+    """Encodes RGB uint8 [H, W, 3] or codes uint8 [H, W]: JPEG of quality 95, or PNG."""
     stored = pixels[..., ::-1] if pixels.ndim == 3 else pixels
     encoded = cv2.imencode(extension, np.ascontiguousarray(stored), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     return bytes(encoded)

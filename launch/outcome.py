@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[type[AnyTraining], ...]] = {
     "pretrain": (Config,),
     "finetune": (FineTuning, Segmenting, Upscaling),
 }
-"""Of the verbs that train: a recipe chooses among them."""
+"""The settings of the verbs that train: a recipe chooses among them."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SAVING_SECONDS = 60.0  # for workers whose launcher was killed; a start of the same run waits as long
 WRITING_SECONDS = 5.0  # between the end of a life's work and its outcome

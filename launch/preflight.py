@@ -32,7 +32,7 @@ class Size:
     """How large a run is."""
 
     samples: int | None
-    """Of its corpus, before labels are looked at; None: pictures with truth, which are not counted here."""
+    """Records of its corpus, before labels are looked at; None: pictures with truth, which are not counted here."""
     parameters: int
 
 
@@ -116,7 +116,7 @@ def existing(folder: Path) -> Path:
 
 
 def checkpoint_bytes(parameters: int) -> int:
-    """Of one checkpoint."""
+    """Bytes of one checkpoint."""
     return parameters * CHECKPOINT_BYTES
 
 

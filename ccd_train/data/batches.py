@@ -63,7 +63,7 @@ class Batch:
     labels: tuple[str | None, ...] = ()
     """The labels, if the loader was asked for them."""
     targets_u8: Tensor | None = None
-    """Of pictures with their truth, uint8 [B, C, 32, 128]: a picture, or 0, 1 for text and 255 for ignored."""
+    """The truth of pictures, uint8 [B, C, 32, 128]: a picture, or 0, 1 for text and 255 for ignored."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device; from pinned memory the copy does not wait."""

@@ -187,7 +187,7 @@ class Looked(NamedTuple):
     reason: str
     """Why there is none, with its name."""
     digest: bytes
-    """Of the bytes of picture, truth and label."""
+    """sha256 over the bytes of picture, truth and label."""
 
 
 class Checked(NamedTuple):
@@ -198,7 +198,7 @@ class Checked(NamedTuple):
     left_out: list[str]
     """A line for each of the others: name and reason."""
     digests: list[bytes]
-    """Of the bytes of each picture and its truth."""
+    """sha256 over the bytes of each picture, its truth and its label."""
     text: int
     """Pictures in which there is something to find: text, or any picture."""
 
@@ -211,7 +211,7 @@ class Pairs:
     """Chosen pictures of several sources, one after another: what the loader reads. May be pickled and forked."""
 
     def __init__(self, sources: Sequence[tuple[Couples, np.ndarray]], contents: Sequence[str]) -> None:
-        """Of each source the numbers in use, int64, ascending; and the hashes of all that was looked at."""
+        """`sources`: each with the numbers in use, int64, ascending. `contents`: hashes of all that was looked at."""
         self._shards: list[tuple[Couples, np.ndarray]] = []
         for source, numbers in sources:
             borders = np.flatnonzero(np.diff((numbers - 1) // RECORDS)) + 1

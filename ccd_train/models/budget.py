@@ -93,7 +93,7 @@ def recognizer_parameters(model: Model, sizes: ReadingHead, classes: int) -> int
 
 
 def pixel_parameters(model: Model, head: MaskHead | PictureHead) -> int:
-    """Of a network for masks or pictures."""
+    """Parameters of a network for masks or pictures."""
     d = model.width
     return _backbone(model) + head.layers * (12 * d * d + 13 * d) + 2 * d + (d + 1) * 16 * head.channels
 

@@ -76,7 +76,7 @@ class PixelNetwork(nn.Module):
         self.residual = head.residual
 
     def part(self, name: str) -> str:
-        """Of a parameter: the backbone, or what stands behind it."""
+        """Where a parameter belongs: to the backbone, or to what stands behind it."""
         return "shared" if name.startswith("vit.") else "decoder"
 
     def forward(self, pixels: Tensor, keys: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 def count(predicted: Tensor, truth: Tensor, ignored: Tensor) -> Tensor:
-    """Of masks bool [B, H, W] with ignored pixels left out: true and false positives, false and true negatives.
+    """Counts for masks bool [B, H, W], ignored pixels left out: true and false positives, false and true negatives.
 
     float64 [B, 4].
     """
@@ -104,7 +104,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _ssim(one: Tensor, other: Tensor) -> Tensor:
-    """Of a picture [1, C, H, W]: a number []."""
+    """The value [] for a picture [1, C, H, W]."""
     mean, mean_other = _blurred(one), _blurred(other)
     variance = _blurred(one * one) - mean.square()
     variance_other = _blurred(other * other) - mean_other.square()

@@ -56,7 +56,7 @@ class Outcome:
     hash: str
     """sha256 over pictures, truths and labels in order, also of those left out."""
     values: dict[str, list[Any]]
-    """Of each picture that counts: its number in the set, and its scores."""
+    """The number in the set of each picture that counts, and its scores."""
     worst: list[Bad] = field(default_factory=list)
 
 
@@ -75,7 +75,7 @@ class Measure(ABC):
 
     @abstractmethod
     def rows(self, source: Couples, batch: Sequence[Looked], output: Tensor) -> Tensor:
-        """Of each picture of a batch what the scores need, float64 [B, n]."""
+        """What the scores need of each picture of a batch, float64 [B, n]."""
 
     @abstractmethod
     def totals(self, rows: Tensor) -> dict[str, float | None]:
@@ -87,7 +87,7 @@ class Measure(ABC):
 
     @abstractmethod
     def badness(self, rows: Tensor) -> Tensor:
-        """Of each picture: the higher the worse."""
+        """How bad each picture is: the higher the worse."""
 
     @abstractmethod
     def shown(self, one: Looked, output: Tensor) -> tuple[np.ndarray, ...]:

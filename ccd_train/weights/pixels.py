@@ -35,7 +35,7 @@ class TrainedPixels:
 
     task: str
     model: Model
-    """Of which only the backbone's sizes count."""
+    """Only the backbone's sizes in it count."""
     head: MaskHead | PictureHead
     reading: str
     """What effects count as (segmentation), or the route of the input (super-resolution)."""

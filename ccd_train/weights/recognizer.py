@@ -69,7 +69,7 @@ class Trained:
     """A recogniser's weights, on the CPU in float32, and what is needed to use them."""
 
     model: pretraining.Model
-    """Of which only the backbone's sizes count."""
+    """Only the backbone's sizes in it count."""
     sizes: recognition.ReadingHead
     charset: Charset
     state: State

@@ -192,7 +192,7 @@ class PixelTask(Tuning):
         }
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """Of the newest validation of this life: the first pictures held out, what the network makes of them, truth."""
+        """The newest validation of this life: the first pictures held out, what becomes of them, and the truth."""
         return self.sheet
 
     def write(self, path: Path, state: dict[str, Tensor], score: float) -> None:
